@@ -1,0 +1,171 @@
+"""What a run is: frozen pydantic models, one YAML file each. Importing this module does not import torch.
+
+`kind` says which program a file is for; unknown keys are refused. Files, overrides and messages: see config_files.py.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+class ModelConfig(Section):
+    path: str
+    """A Hugging Face folder, or `tiny:FAMILY` for the family's random-weight twin (`tiny:qwen2_5_vl`)."""
+    dtype: Literal["float32", "bfloat16", "float64"] = "float32"
+    train: Literal["text", "all"] = "text"
+    """What learns: the text body (embeddings come from the cache), or the vision tower too."""
+    recompute: bool = False
+    """Recompute each layer in the backward pass instead of keeping its activations."""
+
+
+class VideoConfig(Section):
+    """How clips are sampled where a data row does not say. Set one of fps and num_frames."""
+
+    fps: Annotated[float, Field(gt=0, le=120)] | None = 1.0
+    num_frames: Annotated[int, Field(ge=1, le=8192)] | None = None
+    max_pixels: Annotated[int, Field(ge=784)] | None = None
+
+    @model_validator(mode="after")
+    def _one_of(self) -> VideoConfig:
+        if (self.fps is None) == (self.num_frames is None):
+            raise ValueError("set exactly one of fps and num_frames; write `fps: null` to use num_frames")
+        return self
+
+
+class DataConfig(Section):
+    train: str | None = None
+    """A JSONL file of examples; relative media paths start at its folder."""
+    eval: str | None = None
+    system_prompt: str | None = None
+    on_error: Literal["raise", "skip"] = "raise"
+    """What an unusable media file does. Skips are counted and named."""
+    max_skips: Annotated[int, Field(ge=0)] = 10
+
+
+class CacheConfig(Section):
+    dir: str = "runs/cache"
+    max_gib: Annotated[float, Field(gt=0)] = 100.0
+
+
+class OptimConfig(Section):
+    lr: Annotated[float, Field(gt=0)] = 1e-6
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = 0.0
+
+
+class RolloutConfig(Section):
+    group_size: Annotated[int, Field(ge=2)] = 8
+    max_new_tokens: Annotated[int, Field(ge=1)] = 2048
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+
+
+class AlgoConfig(Section):
+    advantage: str = "grpo"
+    loss: str = "clip"
+    clip_low: Annotated[float, Field(gt=0)] = 0.2
+    clip_high: Annotated[float, Field(gt=0)] = 0.28
+    normalise: Literal["token", "sequence"] = "token"
+    """What the summed loss is divided by: all trained tokens of the step, or (each sequence averaged first) all sequences."""
+    kl: Literal["off", "k3"] = "off"
+    kl_coef: Annotated[float, Field(ge=0)] = 1e-2
+    updates_per_batch: Annotated[int, Field(ge=1)] = 1
+    max_logprob_diff: Annotated[float, Field(gt=0)] = 1e-2
+    """The run stops when engine and trainer log-probs differ by more."""
+
+
+class EvalConfig(Section):
+    every_steps: Annotated[int, Field(ge=0)] = 0
+    """0: only at the end."""
+    samples: Annotated[int, Field(ge=1)] = 4
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+
+
+class CheckpointConfig(Section):
+    every_steps: Annotated[int, Field(ge=0)] = 0
+    """0: only at the end."""
+    keep: Annotated[int, Field(ge=1)] = 2
+
+
+class RuntimeConfig(Section):
+    seed: int = 0
+    threads: Annotated[int, Field(ge=1)] | None = None
+    """CPU threads; None: all."""
+    tensorboard: bool = True
+
+
+class RunConfig(Section):
+    """What every run has."""
+
+    run_dir: str
+    model: ModelConfig
+    video: VideoConfig = VideoConfig()
+    data: DataConfig = DataConfig()
+    cache: CacheConfig = CacheConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    """Sampling: of rollouts in RL, of answers in evaluation."""
+    rewards: dict[str, float] = {"format": 0.1, "answer": 0.9}
+    """Reward name -> weight. A name in the registry or `package.module:attr`."""
+    eval: EvalConfig = EvalConfig()
+    runtime: RuntimeConfig = RuntimeConfig()
+
+
+class TrainConfig(RunConfig):
+    """What every training run has."""
+
+    steps: Annotated[int, Field(ge=1)]
+    prompts_per_step: Annotated[int, Field(ge=1)] = 8
+    """Examples a step. Those that share a video share its prefix."""
+    optim: OptimConfig = OptimConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+
+
+class SftConfig(TrainConfig):
+    kind: Literal["sft"] = "sft"
+
+
+class RlConfig(TrainConfig):
+    kind: Literal["rl"] = "rl"
+    algo: AlgoConfig = AlgoConfig()
+
+
+class EvalRunConfig(RunConfig):
+    kind: Literal["eval"] = "eval"
+
+
+class SyntheticConfig(Section):
+    """Synthetic long videos, rendered from a seed: see data/synthetic."""
+
+    dir: str
+    train_videos: Annotated[int, Field(ge=1)] = 12
+    test_videos: Annotated[int, Field(ge=1)] = 12
+    seconds: Annotated[float, Field(ge=10)] = 3600.0
+    """Shortest video; each is up to 5% longer."""
+    fps: Annotated[float, Field(ge=1, le=60)] = 2.0
+    width: Annotated[int, Field(ge=64)] = 160
+    height: Annotated[int, Field(ge=64)] = 120
+    train_questions: Annotated[int, Field(ge=1)] = 40
+    """Questions about each training video."""
+    test_questions: Annotated[int, Field(ge=1)] = 24
+    audio: bool = False
+    seed: int = 0
+
+
+class QuickstartConfig(Section):
+    kind: Literal["quickstart"] = "quickstart"
+    run_dir: str = "runs/quickstart"
+    videos: SyntheticConfig
+    sft: SftConfig
+    rl: RlConfig
+
+
+AnyConfig = Annotated[SftConfig | RlConfig | EvalRunConfig | QuickstartConfig, Field(discriminator="kind")]

@@ -1,0 +1,229 @@
+"""The records that flow between modules.
+
+Modules hand each other these and nothing else. All are frozen, slotted and keyword-only; lengths are checked on
+construction, so a record that exists is consistent. Shapes use: F frames, V media tokens, D width, P prompt tokens,
+R response tokens, G rollouts of a group, L layers.
+
+Importing this module does not import torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
+
+
+class MediaError(ValueError):
+    """A media file cannot be used: missing, empty, truncated, without a video stream, span outside it, absurd size.
+
+    The one error that `data.on_error: skip` may turn into a counted skip.
+    """
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Clip:
+    """A reference to a span of a video and how to sample it. Never pixels."""
+
+    path: str
+    start_s: float = 0.0
+    end_s: float | None = None
+    """None: to the end of the file."""
+    fps: float | None = None
+    """Frames a second to sample. Exactly one of fps and num_frames is set."""
+    num_frames: int | None = None
+    """Frames to sample, spread evenly over the span."""
+    max_pixels: int | None = None
+    """Largest height x width of a frame handed to the encoder; None: the family's own limit."""
+
+    def __post_init__(self) -> None:
+        if (self.fps is None) == (self.num_frames is None):
+            raise ValueError(f"clip {self.path}: set exactly one of fps (got {self.fps}) and num_frames (got {self.num_frames})")
+        if self.fps is not None and not 0 < self.fps < float("inf"):
+            raise ValueError(f"clip {self.path}: fps must be positive and finite, got {self.fps}")
+        if self.num_frames is not None and self.num_frames < 1:
+            raise ValueError(f"clip {self.path}: num_frames must be at least 1, got {self.num_frames}")
+        if not 0 <= self.start_s < float("inf"):
+            raise ValueError(f"clip {self.path}: start_s must be 0 or more, got {self.start_s}")
+        if self.end_s is not None and not self.start_s < self.end_s < float("inf"):
+            raise ValueError(f"clip {self.path}: the span {self.start_s} s to {self.end_s} s is empty; end_s must be larger than start_s")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Frames:
+    """Decoded frames and the presentation times they really have."""
+
+    pixels: np.ndarray
+    """uint8 [F, H, W, 3], RGB, rotation applied."""
+    timestamps_s: np.ndarray
+    """float64 [F], true presentation times, in the file's own time."""
+
+    def __post_init__(self) -> None:
+        if self.pixels.ndim != 4 or self.pixels.shape[-1] != 3 or len(self.pixels) != len(self.timestamps_s):
+            raise AssertionError(f"frames {self.pixels.shape} with {len(self.timestamps_s)} timestamps")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MediaEmbeds:
+    """What the vision tower made of one clip; what the cache stores."""
+
+    embeds: Tensor
+    """[V, D]; may be a memory-mapped slice."""
+    grid_thw: tuple[int, int, int]
+    """Temporal patches, patch rows, patch columns (before merging)."""
+    seconds_per_grid: float
+    """Seconds between temporal patches: the unit of the temporal rotary axis."""
+    timestamps_s: Tensor
+    """float64 [F], true times of the sampled frames."""
+    key: str
+    """Cache key: identifies the content, span, sampling, preprocessing, encoder weights, dtype and schema."""
+    deepstack: Tensor | None = None
+    """[K, V, D] or None."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Message:
+    """One turn. content holds text and clips in reading order."""
+
+    role: str
+    content: tuple[str | Clip, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Example:
+    """One question about some media, with its truth."""
+
+    id: str
+    messages: tuple[Message, ...]
+    answer: str | None
+    """The truth: an option letter for kind `choice`, text or a number otherwise."""
+    kind: str
+    """choice | open: which reward scores it."""
+    category: str = "other"
+    """What evaluation groups by: order, spatial, counting, plot, ..."""
+    response: str | None = None
+    """A demonstrated response, for supervised fine-tuning."""
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def clips(self) -> tuple[Clip, ...]:
+        return tuple(part for message in self.messages for part in message.content if isinstance(part, Clip))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prompt:
+    """An example as the model reads it: token ids with media placeholders, positions, and which media fill the placeholders."""
+
+    token_ids: Tensor
+    """int64 [P]; placeholders stand where media embeddings go."""
+    position_ids: Tensor
+    """int64 [axes, P]; 1 axis for plain rotary, 3 for M-RoPE."""
+    media: tuple[MediaEmbeds, ...]
+    """In the order of their placeholders."""
+    media_slots: tuple[tuple[int, int], ...]
+    """Half-open token range of each media in token_ids."""
+
+    def __post_init__(self) -> None:
+        if self.position_ids.shape[-1] != len(self.token_ids):
+            raise AssertionError(f"{len(self.token_ids)} tokens with {self.position_ids.shape[-1]} positions")
+        for media, (start, end) in zip(self.media, self.media_slots, strict=True):
+            if end - start != len(media.embeds):
+                raise AssertionError(f"media {media.key}: {len(media.embeds)} embeddings for {end - start} placeholders")
+
+    def __len__(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def next_position(self) -> int:
+        """Where the response continues, on every axis: the largest position of the prompt plus one."""
+        return int(self.position_ids.max()) + 1
+
+
+class Prefix:
+    """Keys and values of the tokens that several sequences share, by layer.
+
+    Owned by whoever computed it; `release()` frees it. A plain class, not a dataclass: FSDP2 looks inside dataclasses.
+    """
+
+    __slots__ = ("keys", "length", "policy_version", "values")
+
+    def __init__(self, keys: list[Tensor], values: list[Tensor], length: int, policy_version: int) -> None:
+        self.keys = keys
+        """[L] of [kv_heads, length, head_dim], after rotary embedding; perhaps attached to the graph."""
+        self.values = values
+        self.length = length
+        self.policy_version = policy_version
+
+    def leaves(self) -> Prefix:
+        """A detached copy that collects gradients, for the suffix backward."""
+        keys, values = ([x.detach().requires_grad_() for x in xs] for xs in (self.keys, self.values))
+        return Prefix(keys, values, self.length, self.policy_version)
+
+    def release(self) -> None:
+        self.keys, self.values = [], []
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rollout:
+    """One sampled response."""
+
+    token_ids: tuple[int, ...]
+    """[R], the stop token included when there was one."""
+    logprobs: tuple[float, ...]
+    """[R], of the distribution sampled from (logits / temperature), as the engine computed them."""
+    text: str
+    finish_reason: str
+    """stop | length"""
+    policy_version: int
+
+    def __post_init__(self) -> None:
+        if len(self.token_ids) != len(self.logprobs):
+            raise AssertionError(f"{len(self.token_ids)} tokens with {len(self.logprobs)} log-probs")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Group:
+    """The unit of data: one prompt and all its rollouts. Never split, never mixed."""
+
+    id: str
+    example: Example
+    prompt: Prompt
+    rollouts: tuple[Rollout, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scored:
+    """A rollout with what it earned."""
+
+    rollout: Rollout
+    rewards: dict[str, float | None]
+    """By name; None: could not be scored (never 0 for a failure)."""
+    reward: float | None
+    """The weighted sum, or None if any part is None."""
+    advantage: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LossInputs:
+    """Everything a policy loss may look at. All [N, R]; rows are rollouts."""
+
+    logprobs: Tensor
+    """With gradients."""
+    old_logprobs: Tensor
+    ref_logprobs: Tensor | None
+    advantages: Tensor
+    """[N]"""
+    mask: Tensor
+    """bool; True = a trained response token."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LossOutput:
+    """An un-normalised loss: the caller divides once, by the global count."""
+
+    loss_sum: Tensor
+    metrics: dict[str, float]
+    """Sums over tokens, to be divided by the same token count."""
