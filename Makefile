@@ -1,0 +1,35 @@
+# `make quickstart` and `make test` install what they need into .venv, once, and again when the requirements change.
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALL = $(BIN)/python -m pip install --disable-pip-version-check -c constraints/cpu.txt
+REQUIREMENTS := pyproject.toml constraints/cpu.txt
+
+.PHONY: setup quickstart test lint docs
+
+setup: .venv/dev.stamp
+
+quickstart: .venv/core.stamp
+	$(BIN)/longrl quickstart configs/tiny/quickstart.yaml
+
+test: .venv/dev.stamp
+	$(BIN)/python -m pytest -n auto --dist loadfile
+
+lint: .venv/dev.stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+docs: .venv/core.stamp
+	$(BIN)/python docs/make_config_page.py
+
+.venv/core.stamp: $(REQUIREMENTS)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "longrl needs Python 3.11 or newer; '$(PYTHON)' is $$($(PYTHON) --version 2>&1 || true)." \
+	       "Run: make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)" >&2; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(INSTALL) -e .
+	@touch $@
+
+.venv/dev.stamp: .venv/core.stamp
+	$(INSTALL) -e '.[dev]'
+	@touch $@
