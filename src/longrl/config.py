@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
 
 class ModelConfig(Section):
@@ -75,7 +75,7 @@ class AlgoConfig(Section):
     clip_low: Annotated[float, Field(gt=0)] = 0.2
     clip_high: Annotated[float, Field(gt=0)] = 0.28
     normalise: Literal["token", "sequence"] = "token"
-    """What the summed loss is divided by: all trained tokens of the step, or (each sequence averaged first) all sequences."""
+    """What the summed loss is divided by: the step's trained tokens, or (each sequence averaged first) its sequences."""
     kl: Literal["off", "k3"] = "off"
     kl_coef: Annotated[float, Field(ge=0)] = 1e-2
     updates_per_batch: Annotated[int, Field(ge=1)] = 1
