@@ -1,0 +1,1 @@
+"""The algorithms: small pure functions, each with its paper. See advantages.py, losses.py, kl.py."""
