@@ -62,11 +62,11 @@ def paint_look(look: Look, height: int, width: int) -> np.ndarray:
     frame = _layer(scene, event, height, width).copy()
     top, left, hand = _hand(tick, height, width)
     patch = frame[top : top + hand.shape[0], left : left + hand.shape[1]]
-    patch[:] = np.rint(patch + (np.float32(HAND_RGB) - patch) * hand[..., None])
+    patch[:] = np.rint(patch + (np.asarray(HAND_RGB, np.float32) - patch) * hand[..., None])
     return frame
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=128)
 def _layer(scene: Scene, event: Event | None, height: int, width: int) -> np.ndarray:
     """Everything but the dial's hand: uint8 [height, width, 3]."""
     frame = _background(scene, height, width)
@@ -97,7 +97,7 @@ def _background(scene: Scene, height: int, width: int) -> np.ndarray:
     rows, cols = np.linspace(0, 6, height), np.linspace(0, 8, width)
     soft = _interpolate(_interpolate(blotches, rows).T, cols).T
     light = soft + down * np.linspace(-1, 1, height)[:, None] + across * np.linspace(-1, 1, width)
-    return (np.float32(TONE_RGB[scene.tone]) + light[..., None]).astype(np.float32)
+    return (np.asarray(TONE_RGB[scene.tone], np.float32) + light[..., None]).astype(np.float32)
 
 
 def _interpolate(grid: np.ndarray, at: np.ndarray) -> np.ndarray:
@@ -119,7 +119,7 @@ def _offsets(height: int, width: int, row: float, col: float) -> tuple[np.ndarra
 def _blend(frame: np.ndarray, colour: tuple[int, int, int], distance: np.ndarray) -> np.ndarray:
     """Lay a colour over a frame wherever the distance to a shape [H, W] is negative, its edge one pixel soft."""
     cover = np.clip(0.5 - distance, 0, 1)[..., None]
-    return frame + (np.float32(colour) - frame) * cover
+    return frame + (np.asarray(colour, np.float32) - frame) * cover
 
 
 def _distance(shape: str, rows: np.ndarray, cols: np.ndarray, radius: float) -> np.ndarray:

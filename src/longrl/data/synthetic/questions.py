@@ -193,7 +193,7 @@ def _pool(fact: _Fact) -> tuple[str, ...]:
 
 
 def _distractors(fact: _Fact, story: Story, rng: np.random.Generator) -> list[str]:
-    """Three wrong options. Objects come from the same video while they last, so that options do not give the answer away."""
+    """Three wrong options: objects of the same video while they last, so that options do not give the answer away."""
     pool = _pool(fact)
     if pool:
         return [option for option in pool if option != fact.truth]
