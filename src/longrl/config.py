@@ -75,7 +75,7 @@ class AlgoConfig(Section):
     clip_low: Annotated[float, Field(gt=0)] = 0.2
     clip_high: Annotated[float, Field(gt=0)] = 0.28
     normalise: Literal["token", "sequence"] = "token"
-    """What the summed loss is divided by: the step's trained tokens, or (each sequence averaged first) its sequences."""
+    """What the summed loss is divided by: the step's trained tokens, or (each averaged first) its sequences."""
     kl: Literal["off", "k3"] = "off"
     kl_coef: Annotated[float, Field(ge=0)] = 1e-2
     updates_per_batch: Annotated[int, Field(ge=1)] = 1

@@ -1,0 +1,3 @@
+from longrl.cli import main
+
+main()

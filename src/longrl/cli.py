@@ -1,0 +1,167 @@
+"""The command line: one line per command. What a command does is imported when it runs, so that help comes at once."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from longrl.config_files import load_arguments
+from longrl.errors import run_guarded
+from longrl.runtime import set_up_logging
+
+app = typer.Typer(
+    help="Reinforcement learning of vision-language models on long videos. Any command takes --traceback (or "
+    "LONGRL_TRACEBACK=1 in the environment) to show where an error came from.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+cache_app = typer.Typer(no_args_is_help=True, help="The cache of video embeddings.")
+video_app = typer.Typer(no_args_is_help=True, help="See a video as a model does.")
+app.add_typer(cache_app, name="cache")
+app.add_typer(video_app, name="video")
+
+Config = Annotated[
+    list[str],
+    typer.Argument(metavar="CONFIG", help="YAML files, merged left to right, and key=value overrides, applied last."),
+]
+Fps = Annotated[float | None, typer.Option(help="Frames to sample a second.")]
+NumFrames = Annotated[int | None, typer.Option(help="Frames to sample, evenly over the span.")]
+Start = Annotated[str | None, typer.Option(help="Where the span starts: seconds, mm:ss or hh:mm:ss.")]
+End = Annotated[str | None, typer.Option(help="Where the span ends; the end of the file if not given.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+
+
+@app.command()
+def quickstart(config: Config) -> None:
+    """Make long videos, then train on them and evaluate: the whole path."""
+    from longrl.quickstart import run_quickstart
+
+    run_quickstart(load_arguments(config, "quickstart"))
+
+
+@app.command()
+def sft(config: Config) -> None:
+    """Supervised fine-tuning on demonstrated reasoning."""
+    from longrl.train_sft import train_sft
+
+    train_sft(load_arguments(config, "sft"))
+
+
+@app.command()
+def rl(config: Config) -> None:
+    """Reinforcement learning."""
+    from longrl.train_rl import train_rl
+
+    train_rl(load_arguments(config, "rl"))
+
+
+@app.command("eval")
+def evaluate(config: Config) -> None:
+    """Accuracy of a model on held-out questions."""
+    from longrl.evals.runner import run_eval
+
+    run_eval(load_arguments(config, "eval"))
+
+
+@app.command()
+def check(config: Config) -> None:
+    """Validate a configuration and say what it will run, without running it."""
+    from longrl.check import check_command
+
+    check_command(load_arguments(config))
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Argument(help="The question.")],
+    model: Annotated[str, typer.Option(help="A Hugging Face folder.")],
+    video: Annotated[str | None, typer.Option(help="A video file to ask about.")] = None,
+    fps: Fps = None,
+    num_frames: NumFrames = None,
+    start: Start = None,
+    end: End = None,
+    n: Annotated[int, typer.Option(min=1, help="How many answers.")] = 1,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 512,
+    temperature: Annotated[float, typer.Option(min=0, help="0: always the likeliest token.")] = 1.0,
+    seed: int = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Ask a model about a video."""
+    from longrl.generate import generate_command
+
+    generate_command(model, video, prompt, fps, num_frames, start, end, n, max_new_tokens, temperature, seed, as_json)
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="A run directory.")],
+    out: Annotated[Path, typer.Option(help="The folder to write; must be empty or absent.")],
+    step: Annotated[int | None, typer.Option(help="Which checkpoint; the latest if not given.")] = None,
+) -> None:
+    """Copy a checkpoint's model out as a Hugging Face folder."""
+    from longrl.checkpoint import export_command
+
+    export_command(run, step, out)
+
+
+@cache_app.command("build")
+def cache_build(config: Config) -> None:
+    """Embed every video that a configuration names."""
+    from longrl.video.cache_commands import cache_build as build
+
+    build(load_arguments(config, "sft", "rl", "eval"))
+
+
+@cache_app.command("verify")
+def cache_verify(folder: Annotated[Path, typer.Argument(metavar="DIR")]) -> None:
+    """Read every entry and compare its checksum."""
+    from longrl.video.cache_commands import cache_verify as verify
+
+    verify(folder)
+
+
+@cache_app.command("info")
+def cache_info(folder: Annotated[Path, typer.Argument(metavar="DIR")]) -> None:
+    """Number and size of the entries."""
+    from longrl.video.cache_commands import cache_info as info
+
+    info(folder)
+
+
+@video_app.command("probe")
+def video_probe(file: str, as_json: AsJson = False) -> None:
+    """Duration, streams, rotation, frames and key frames of a file."""
+    from longrl.video.commands import probe_command
+
+    probe_command(file, as_json)
+
+
+@video_app.command("frames")
+def video_frames(
+    file: str,
+    out: Annotated[Path, typer.Option(help="The folder to write the frames into; must be empty or absent.")],
+    fps: Fps = None,
+    num_frames: NumFrames = None,
+    start: Start = None,
+    end: End = None,
+    as_json: AsJson = False,
+    max_pixels: Annotated[int | None, typer.Option(help="Shrink frames to at most this height x width.")] = None,
+) -> None:
+    """Write the frames that sampling picks, with their true times."""
+    from longrl.video.commands import frames_command
+
+    frames_command(file, fps, num_frames, start, end, out, as_json, max_pixels)
+
+
+def main() -> None:
+    """Entry point of the `longrl` command."""
+    show_traceback = "--traceback" in sys.argv or os.environ.get("LONGRL_TRACEBACK") == "1"
+    arguments = [argument for argument in sys.argv[1:] if argument != "--traceback"]
+    set_up_logging()
+    sys.exit(run_guarded(lambda: app(arguments, prog_name="longrl"), show_traceback))

@@ -1,0 +1,97 @@
+"""What every run starts with: its directory with its configuration, threads, logging, and the source of randomness."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+from longrl.config import AnyConfig, RuntimeConfig
+from longrl.config_files import flatten, read_yaml, save_config
+
+logger = logging.getLogger(__name__)
+
+CONFIG_NAME = "config.yaml"
+
+
+def start_run(config: AnyConfig, runtime: RuntimeConfig) -> Path:
+    """Makes the run directory, writes the resolved configuration into it and sets up torch.
+
+    A directory that already holds this configuration is taken up again (resume).
+
+    Args:
+        config: the resolved configuration; its run_dir is used.
+        runtime: seed and threads.
+
+    Returns:
+        The run directory.
+
+    Raises:
+        ValueError: run_dir is a file, or holds a run with another configuration.
+        OSError: run_dir cannot be made or written.
+    """
+    run_dir = Path(config.run_dir)
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise ValueError(f"run_dir {run_dir}: it or a parent of it is a file; choose another run_dir") from None
+    path = run_dir / CONFIG_NAME
+    if path.exists():
+        _require_same(config, path)
+        logger.info("%s: taking up the run that is there", run_dir)
+    else:
+        save_config(config, path)
+
+    import torch
+
+    if runtime.threads is not None:
+        torch.set_num_threads(runtime.threads)
+    # Nothing of ours draws from the global generator; a library that does is at least repeatable.
+    torch.manual_seed(seed_for(runtime.seed, "global"))
+    return run_dir
+
+
+def seed_for(*parts: int | str) -> int:
+    """A 63-bit seed that depends on the parts alone: the one source of randomness in the project.
+
+    The same parts give the same seed on every machine, in any process and in any order of calls, so that data order
+    and sampling noise are pure functions of, say, (seed, "rollout", step, example id, rollout number).
+
+    Args:
+        parts: whole numbers and texts; 1 and "1" differ.
+    """
+    if not all(isinstance(part, int | str) for part in parts):
+        raise AssertionError(f"seed parts must be int or str, got {parts!r}")
+    digest = hashlib.blake2b(json.dumps(parts).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+def set_up_logging() -> None:
+    """Log lines to stderr: coloured on a terminal, plain with a time stamp elsewhere."""
+    if sys.stderr.isatty():
+        from rich.console import Console
+        from rich.logging import RichHandler
+
+        handler: logging.Handler = RichHandler(console=Console(stderr=True), show_path=False)
+        handler.setFormatter(logging.Formatter("%(message)s"))
+    else:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
+
+
+def _require_same(config: AnyConfig, path: Path) -> None:
+    there, here = flatten(read_yaml(path)), flatten(config.model_dump(mode="json"))
+    unset: dict[str, Any] = {}
+    differing = [key for key in {**here, **there} if there.get(key, unset) != here.get(key, unset)]
+    if not differing:
+        return
+    key, more = differing[0], len(differing) - 1
+    was, now = (json.dumps(side[key]) if key in side else "unset" for side in (there, here))
+    raise ValueError(
+        f"run_dir {path.parent} holds a run with another configuration: {key} is {was} there, {now} here"
+        f"{f' (and {more} more)' if more else ''}; choose another run_dir, or delete {path.parent} to start over"
+    )
