@@ -1,0 +1,349 @@
+"""A content-addressed store of video embeddings: one safetensors file an entry.
+
+    DIR/3f/3fa2...e1.safetensors    an entry; its name is the key, its header describes and protects itself
+    DIR/digests/9c04...7b           the content hash of one video file, so that a later run need not read it again
+
+An entry appears by a rename, so a reader sees a whole one or none, and processes may share a folder freely: two that
+write the same key write the same bytes, and the last rename wins. The modification time of an entry is when it was
+last used. Tensors are memory-mapped; a mapping outlives the eviction or replacement of its file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from longrl.types import Clip, MediaEmbeds, MediaError
+
+log = logging.getLogger(__name__)
+
+SCHEMA = 1
+"""Of the file and of the key: raise it when the meaning of either changes, and no old entry is ever read again."""
+
+STALE_S = 3600
+"""Temporary folders that nobody has written to for this long belong to a crashed writer."""
+
+SETTLED_S = 2.0
+"""A file changed more recently may change again within one tick of the file system's clock: remember no digest yet."""
+
+# Only names that this module gives are ever evicted or swept, so a mistyped folder loses nothing.
+_ENTRY_NAME = re.compile(r"[0-9a-f]{64}\.safetensors")
+_SHARD_NAME = re.compile(r"[0-9a-f]{2}|digests")
+_TEMP_PREFIX = ".embed-"
+
+
+class BadEntryError(Exception):
+    """An entry is not what its writer wrote; the message says how it shows."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BadEntry:
+    path: Path
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CacheInfo:
+    num_entries: int
+    size_bytes: int
+
+
+def cache_key(clip: Clip, encoder_id: str, digest: str) -> str:
+    """Names what an encoder makes of a clip, by content: the path does not count, everything else does.
+
+    Args:
+        clip: Its span, sampling and pixel budget enter the key.
+        encoder_id: Stands for preprocessing, encoder weights and dtype.
+        digest: Of the bytes of the file, from `file_digest`.
+
+    Returns:
+        64 hexadecimal digits.
+    """
+    parts = {
+        "schema": SCHEMA,
+        "digest": digest,
+        "start_s": float(clip.start_s),
+        "end_s": None if clip.end_s is None else float(clip.end_s),
+        "fps": None if clip.fps is None else float(clip.fps),
+        "num_frames": clip.num_frames,
+        "max_pixels": clip.max_pixels,
+        "encoder_id": encoder_id,
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def file_digest(path: str, memo_dir: Path | None = None) -> str:
+    """Hashes the bytes of a file (SHA-256), reading it only if it changed since it was last hashed.
+
+    Args:
+        path: The file.
+        memo_dir: Where digests are remembered, by absolute path, size, inode and times of change; None: nowhere.
+
+    Raises:
+        MediaError: The file is missing or cannot be read.
+    """
+    try:
+        with open(path, "rb") as file:
+            before = os.fstat(file.fileno())
+            identity = [before.st_size, before.st_mtime_ns, before.st_ctime_ns, before.st_ino]
+            memo = memo_dir / hashlib.sha256(os.fsencode(os.path.abspath(path))).hexdigest() if memo_dir else None
+            if memo and (known := _recall(memo, identity)):
+                return known
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+            after = os.fstat(file.fileno())
+    except OSError as error:
+        raise MediaError(f"{path}: cannot read the video: {error.strerror or error}; check the path") from error
+    unchanged = (after.st_size, after.st_mtime_ns, after.st_ctime_ns) == tuple(identity[:3])
+    if memo and unchanged and time.time() - after.st_ctime > SETTLED_S:
+        # Remembering only saves time: where it cannot be written (a read-only cache), the file is read again.
+        with suppress(OSError):
+            memo.parent.mkdir(parents=True, exist_ok=True)
+            with _temp_beside(memo) as temp:
+                temp.write_text(json.dumps([identity, digest]))
+    return digest
+
+
+def _recall(memo: Path, identity: list[int]) -> str | None:
+    try:
+        known_identity, digest = json.loads(memo.read_bytes())
+    except (OSError, ValueError, TypeError):  # absent, or cut off by a power failure
+        return None
+    return digest if known_identity == identity else None
+
+
+class EmbedCache:
+    """The cache in one folder, with counters of this process: `hits`, `misses`, `bytes` (of tensors handed out)."""
+
+    def __init__(self, dir: str | Path, max_bytes: int | None = None) -> None:
+        """
+        Args:
+            dir: Created when the first entry is written.
+            max_bytes: The least recently used entries go when the next one would not fit; None: no limit.
+        """
+        self.dir = Path(dir)
+        self.max_bytes = max_bytes
+        self.hits = self.misses = self.bytes = 0
+        self._unscanned_bytes = 0  # that this process may write before it measures the folder again
+
+    def digest(self, path: str) -> str:
+        """`file_digest`, remembered in this cache."""
+        return file_digest(path, self.dir / "digests")
+
+    def get(self, key: str, rows: slice | None = None) -> MediaEmbeds | None:
+        """Reads an entry, or part of it; None if there is none that can be believed.
+
+        Args:
+            key: From `cache_key`.
+            rows: Which embeddings [V, D] to return, of all V; None: all. Nothing else is read from the disk.
+
+        Returns:
+            Memory-mapped tensors, private to this process. The grid and timestamps_s are always those of the clip.
+        """
+        path = self._path(key)
+        try:
+            with _opened(path) as (tensors, about):
+                media = _media(tensors, about, rows)
+        except FileNotFoundError:
+            self.misses += 1
+            return None
+        except BadEntryError as error:
+            log.warning("cache entry %s is damaged (%s): it does not count and will be written again", path, error)
+            self.misses += 1
+            return None
+        # Others may own the entry, or have evicted it since: what was read stands either way.
+        with suppress(OSError):
+            os.utime(path)
+        self.hits += 1
+        self.bytes += media.embeds.nbytes + (0 if media.deepstack is None else media.deepstack.nbytes)
+        return media
+
+    def put(self, key: str, media: MediaEmbeds) -> None:
+        """Writes an entry, whole and synced to disk, or nothing.
+
+        Raises:
+            ValueError: The entry alone is larger than the cache may be.
+            OSError: It cannot be written (disk full, read-only folder, ...); nothing is left behind.
+        """
+        tensors = {"embeds": media.embeds, "timestamps_s": media.timestamps_s}
+        if media.deepstack is not None:
+            tensors["deepstack"] = media.deepstack
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        size_bytes = sum(tensor.nbytes for tensor in tensors.values())
+        if self.max_bytes is not None and size_bytes > self.max_bytes:
+            raise ValueError(
+                f"embedding cache {self.dir}: one entry has {size_bytes} bytes, the limit for all is {self.max_bytes}; "
+                "raise cache.max_gib or sample fewer frames"
+            )
+        path = self._path(key)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._make_room(size_bytes, path)
+            with _temp_beside(path) as temp:
+                save_file(tensors, temp, metadata=_metadata(key, media, tensors))
+        except (OSError, SafetensorError) as error:
+            raise OSError(
+                f"cannot write an entry of {size_bytes} bytes to the embedding cache {self.dir}: {error}; "
+                "free space there, make it writable, or set cache.dir to another folder"
+            ) from error
+
+    def verify(self) -> list[BadEntry]:
+        """Reads every entry in full, compares checksums, and removes the bad ones, so that they are encoded again."""
+        bad = []
+        for path in self._entries():
+            try:
+                with _opened(path) as (tensors, about):
+                    if _checksum(tensors) != about["sha256"]:
+                        raise BadEntryError("its tensors do not have the checksum they were written with")
+            except FileNotFoundError:  # evicted meanwhile
+                continue
+            except BadEntryError as error:
+                bad.append(BadEntry(path=path, reason=str(error)))
+                path.unlink(missing_ok=True)
+        return bad
+
+    def info(self) -> CacheInfo:
+        sizes = [stat.st_size for stat in map(_stat, self._entries()) if stat]
+        return CacheInfo(num_entries=len(sizes), size_bytes=sum(sizes))
+
+    def _path(self, key: str) -> Path:
+        return self.dir / key[:2] / f"{key}.safetensors"
+
+    def _shards(self) -> Iterator[Path]:
+        if self.dir.is_dir():
+            yield from sorted(folder for folder in self.dir.iterdir() if _SHARD_NAME.fullmatch(folder.name))
+
+    def _entries(self) -> Iterator[Path]:
+        for shard in self._shards():
+            yield from sorted(path for path in shard.iterdir() if _ENTRY_NAME.fullmatch(path.name))
+
+    def _make_room(self, size_bytes: int, written: Path) -> None:
+        """Evicts what was used longest ago until size_bytes more fit; the entry about to be written stays out of it."""
+        self._unscanned_bytes -= size_bytes
+        if self.max_bytes is None or self._unscanned_bytes >= 0:
+            return
+        self._sweep()
+        entries = [(stat.st_mtime_ns, stat.st_size, path) for path in self._entries() if (stat := _stat(path))]
+        total_bytes = size_bytes + sum(size for _, size, path in entries if path != written)
+        for _, size, path in sorted(entries):
+            if total_bytes <= self.max_bytes:
+                break
+            if path != written:
+                path.unlink(missing_ok=True)
+                total_bytes -= size
+        # Measuring a large cache takes a while, so it is not done at every write. An eighth of the room that is left,
+        # because other processes (often one for each of 8 GPUs) write into it without telling this one.
+        self._unscanned_bytes = (self.max_bytes - total_bytes) // 8
+
+    def _sweep(self) -> None:
+        """Removes what crashed writers left."""
+        for shard in self._shards():
+            for temp in shard.glob(f"{_TEMP_PREFIX}*"):
+                touched = [stat.st_mtime for path in (temp, *temp.glob("*")) if (stat := _stat(path))]
+                if touched and time.time() - max(touched) > STALE_S:
+                    shutil.rmtree(temp, ignore_errors=True)
+
+
+@contextmanager
+def _temp_beside(path: Path) -> Iterator[Path]:
+    """Yields a name to write to; what was written is synced and takes path's place, or on any error is removed."""
+    with tempfile.TemporaryDirectory(prefix=_TEMP_PREFIX, dir=path.parent, ignore_cleanup_errors=True) as folder:
+        temp = Path(folder, path.name)
+        yield temp
+        # safetensors writes files that only their owner can read; whoever may read the folder may read its entries.
+        temp.chmod(path.parent.stat().st_mode & 0o666)
+        with open(temp, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temp, path)
+
+
+def _stat(path: Path) -> os.stat_result | None:
+    try:
+        return path.stat()
+    except FileNotFoundError:  # another process evicts too
+        return None
+
+
+def _checksum(tensors: dict[str, Tensor]) -> str:
+    total = hashlib.sha256()
+    for _, tensor in sorted(tensors.items()):
+        total.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return total.hexdigest()
+
+
+def _layout(tensors: dict[str, Tensor]) -> dict[str, list[Any]]:
+    return {name: [str(tensor.dtype), *tensor.shape] for name, tensor in tensors.items()}
+
+
+def _metadata(key: str, media: MediaEmbeds, tensors: dict[str, Tensor]) -> dict[str, str]:
+    about = {
+        "schema": SCHEMA,
+        "key": key,
+        "grid_thw": list(media.grid_thw),
+        "seconds_per_grid": media.seconds_per_grid,
+        "layout": _layout(tensors),
+        "sha256": _checksum(tensors),
+    }
+    text = json.dumps(about, sort_keys=True)
+    return {"entry": text, "entry_sha256": hashlib.sha256(text.encode()).hexdigest()}
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[tuple[dict[str, Tensor], dict[str, Any]]]:
+    """Maps an entry and checks all of its structure, but not the bytes of its tensors (that is `verify`).
+
+    Raises:
+        FileNotFoundError: There is no such entry.
+        BadEntryError: It is truncated, its header was altered, or it is another entry under this name.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except FileNotFoundError:
+        raise
+    except (OSError, SafetensorError) as error:
+        raise BadEntryError(str(error)) from error
+    text = metadata.get("entry", "")
+    if hashlib.sha256(text.encode()).hexdigest() != metadata.get("entry_sha256"):
+        raise BadEntryError("its header was altered, or this program did not write it")
+    about = json.loads(text)
+    if about["schema"] != SCHEMA:
+        raise BadEntryError(f"it has schema {about['schema']}, this version reads {SCHEMA}")
+    if about["key"] != path.stem:
+        raise BadEntryError(f"it is the entry of {about['key']}")
+    if about["layout"] != _layout(tensors):
+        raise BadEntryError(f"it has tensors {_layout(tensors)}, written were {about['layout']}")
+    yield tensors, about
+
+
+def _media(tensors: dict[str, Tensor], about: dict[str, Any], rows: slice | None) -> MediaEmbeds:
+    embeds, deepstack = tensors["embeds"], tensors.get("deepstack")
+    if rows is not None:
+        start, stop, step = rows.indices(len(embeds))
+        if step != 1 or start > stop or rows.stop not in (None, stop):
+            raise AssertionError(f"{rows} of {len(embeds)} embeddings")
+        embeds, deepstack = embeds[rows], None if deepstack is None else deepstack[:, rows]
+    return MediaEmbeds(
+        embeds=embeds,
+        grid_thw=tuple(about["grid_thw"]),
+        seconds_per_grid=about["seconds_per_grid"],
+        timestamps_s=tensors["timestamps_s"],
+        key=about["key"],
+        deepstack=deepstack,
+    )
