@@ -39,7 +39,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 @app.command()
 def quickstart(config: Config) -> None:
-    """Make long videos, then train on them and evaluate: the whole path."""
+    """Make long videos, train on them, evaluate, report."""
     from longrl.quickstart import run_quickstart
 
     run_quickstart(load_arguments(config, "quickstart"))
@@ -71,7 +71,7 @@ def evaluate(config: Config) -> None:
 
 @app.command()
 def check(config: Config) -> None:
-    """Validate a configuration and say what it will run, without running it."""
+    """Validate a configuration without running it."""
     from longrl.check import check_command
 
     check_command(load_arguments(config))

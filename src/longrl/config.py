@@ -30,6 +30,7 @@ class VideoConfig(Section):
     fps: Annotated[float, Field(gt=0, le=120)] | None = 1.0
     num_frames: Annotated[int, Field(ge=1, le=8192)] | None = None
     max_pixels: Annotated[int, Field(ge=784)] | None = None
+    """Largest height x width of a frame handed to the encoder; null: the model's own limit."""
 
     @model_validator(mode="after")
     def _one_of(self) -> VideoConfig:
@@ -42,7 +43,9 @@ class DataConfig(Section):
     train: str | None = None
     """A JSONL file of examples; relative media paths start at its folder."""
     eval: str | None = None
+    """A JSONL file of questions held out from training."""
     system_prompt: str | None = None
+    """Put before every conversation."""
     on_error: Literal["raise", "skip"] = "raise"
     """What an unusable media file does. Skips are counted and named."""
     max_skips: Annotated[int, Field(ge=0)] = 10
@@ -50,7 +53,9 @@ class DataConfig(Section):
 
 class CacheConfig(Section):
     dir: str = "runs/cache"
+    """Where video embeddings are kept; runs share it."""
     max_gib: Annotated[float, Field(gt=0)] = 100.0
+    """The least recently used entries go when the cache grows larger."""
 
 
 class OptimConfig(Section):
@@ -61,24 +66,33 @@ class OptimConfig(Section):
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     warmup_steps: Annotated[int, Field(ge=0)] = 0
     min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Where the schedule ends, as a part of lr."""
 
 
 class RolloutConfig(Section):
     group_size: Annotated[int, Field(ge=2)] = 8
+    """Rollouts of each prompt."""
     max_new_tokens: Annotated[int, Field(ge=1)] = 2048
+    """Longest response; what is longer ends there, with finish reason `length`."""
     temperature: Annotated[float, Field(gt=0)] = 1.0
 
 
 class AlgoConfig(Section):
     advantage: str = "grpo"
+    """A name in algo/advantages.py or `package.module:attr`."""
     loss: str = "clip"
+    """A name in algo/losses.py or `package.module:attr`."""
     clip_low: Annotated[float, Field(gt=0)] = 0.2
+    """The ratio of new to old probability is clipped below 1 - clip_low."""
     clip_high: Annotated[float, Field(gt=0)] = 0.28
+    """And above 1 + clip_high."""
     normalise: Literal["token", "sequence"] = "token"
     """What the summed loss is divided by: the step's trained tokens, or (each averaged first) its sequences."""
     kl: Literal["off", "k3"] = "off"
+    """A penalty for leaving the reference (the initial model), weighted by kl_coef."""
     kl_coef: Annotated[float, Field(ge=0)] = 1e-2
     updates_per_batch: Annotated[int, Field(ge=1)] = 1
+    """Optimizer steps on the rollouts of one step."""
     max_logprob_diff: Annotated[float, Field(gt=0)] = 1e-2
     """The run stops when engine and trainer log-probs differ by more."""
 
@@ -87,6 +101,7 @@ class EvalConfig(Section):
     every_steps: Annotated[int, Field(ge=0)] = 0
     """0: only at the end."""
     samples: Annotated[int, Field(ge=1)] = 4
+    """Answers sampled for each question."""
     temperature: Annotated[float, Field(gt=0)] = 1.0
 
 
@@ -94,12 +109,13 @@ class CheckpointConfig(Section):
     every_steps: Annotated[int, Field(ge=0)] = 0
     """0: only at the end."""
     keep: Annotated[int, Field(ge=1)] = 2
+    """The newest so many stay on disk."""
 
 
 class RuntimeConfig(Section):
     seed: int = 0
     threads: Annotated[int, Field(ge=1)] | None = None
-    """CPU threads; None: all."""
+    """CPU threads; null: all."""
     tensorboard: bool = True
 
 
@@ -107,6 +123,7 @@ class RunConfig(Section):
     """What every run has."""
 
     run_dir: str
+    """Where the run writes; a directory that holds the same run is taken up again."""
     model: ModelConfig
     video: VideoConfig = VideoConfig()
     data: DataConfig = DataConfig()
