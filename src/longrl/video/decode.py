@@ -1,0 +1,254 @@
+"""Decodes the frames of a clip: the real frame nearest in presentation time to each asked time, and no other.
+
+Times, asked and reported, are seconds after the presentation of the file's first video frame, whatever the file's own
+clock starts at. The packets are indexed first (no decoding), which tells exactly which frame serves which asked time;
+then one pass over the file decodes only what those frames need: groups of pictures without a wanted frame are passed
+over, and so is the end of a group after its last wanted frame.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+
+import av
+import numpy as np
+from av.codec.context import ThreadType
+from av.video.frame import VideoFrame
+from av.video.reformatter import Interpolation, VideoReformatter
+
+from longrl.types import Clip, Frames, MediaError
+from longrl.video.probe import (
+    TOLERANCE_S,
+    Orientation,
+    VideoIndex,
+    check_whole,
+    index_video,
+    open_media,
+    orientation,
+    packets,
+    video_stream,
+)
+from longrl.video.sample import nearest, sample_times
+
+logger = logging.getLogger(__name__)
+
+MAX_CLIP_PIXELS = 2**36
+"""Most pixels a clip may decode to in all: 8,192 frames of 8 megapixels."""
+
+_MIN_GAP = 16
+"""Packets: passing over fewer than these costs more (the decoder is drained and restarted) than decoding them."""
+
+_THREADED_PIXELS = 640 * 360
+"""Above this picture size frame threads gain more than they cost."""
+
+# Rounding that does not depend on the processor's vector units: the same file gives the same pixels everywhere.
+_SCALING = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.BITEXACT
+
+
+def read_frames(
+    clip: Clip, *, size: Callable[[int, int], tuple[int, int]] | None = None, chunk_bytes: int = 64 * 2**20
+) -> Iterator[Frames]:
+    """Decodes a clip in chunks; memory does not grow with the length of the file or of the clip.
+
+    Where more frames are asked for than the file has, a frame serves several asked times and is repeated.
+
+    Args:
+        clip: What to read. Its max_pixels is the model family's business and is not applied here.
+        size: Gives (height, width) to scale to, from the shown (height, width); None: no scaling.
+        chunk_bytes: Largest pixel array of one chunk; a chunk holds at least one frame.
+
+    Returns:
+        Chunks, in order; their timestamps_s are the true times of the frames, ascending.
+
+    Raises:
+        MediaError: The file cannot be used, the span lies outside of it, or an asked frame cannot be decoded.
+        ValueError: More frames or pixels are asked for than is allowed.
+    """
+    index = index_video(clip.path)
+    return _read(index, _choose(clip, index), size, chunk_bytes)
+
+
+def nearest_times(clip: Clip) -> np.ndarray:
+    """The timestamps_s that `read_frames` would give, without decoding.
+
+    Returns:
+        float64 [F], ascending.
+
+    Raises:
+        MediaError, ValueError: As `read_frames`, but for damage that only decoding shows.
+    """
+    index = index_video(clip.path)
+    return index.times_s[_choose(clip, index)]
+
+
+def count_frames(clip: Clip) -> int:
+    """How many frames `read_frames` would give, without decoding. Raises as `nearest_times`."""
+    return len(nearest_times(clip))
+
+
+def _choose(clip: Clip, index: VideoIndex) -> np.ndarray:
+    """Picks the frame for each asked time: int64 [F] into index.times_s, ascending."""
+    duration_s = index.duration_s
+    if clip.end_s is None or clip.end_s > duration_s:
+        check_whole(index)
+    if clip.start_s >= duration_s or (clip.end_s or 0.0) > duration_s + TOLERANCE_S:
+        end = "the end" if clip.end_s is None else f"{clip.end_s:.3f} s"
+        raise MediaError(
+            f"{clip.path}: the span {clip.start_s:.3f} s to {end} lies outside the video, which lasts {duration_s:.3f} s"
+        )
+    end_s = duration_s if clip.end_s is None else min(clip.end_s, duration_s)
+    if clip.num_frames is not None:
+        last = np.searchsorted(index.times_s, end_s) - 1
+        end_s = max(clip.start_s, float(index.times_s[last]))
+    try:
+        asked = sample_times(clip.start_s, end_s, fps=clip.fps, num_frames=clip.num_frames)
+    except ValueError as error:
+        raise ValueError(f"{clip.path}: {error}") from None
+    return nearest(index.times_s, asked)
+
+
+def _read(
+    index: VideoIndex, chosen: np.ndarray, size: Callable[[int, int], tuple[int, int]] | None, chunk_bytes: int
+) -> Iterator[Frames]:
+    frames, repeats = np.unique(chosen, return_counts=True)
+    pixels, filled, left = np.empty((0, 0, 0, 3), np.uint8), 0, len(chosen)
+    painter = None
+    for frame, time_s, repeat in zip(_decode(index, frames), index.times_s[frames], repeats.tolist(), strict=True):
+        painter = painter or _Painter(index.path, frame, size, left)
+        picture = painter.paint(frame)
+        for _ in range(repeat):
+            if filled == 0:
+                pixels = np.empty((min(left, max(1, chunk_bytes // picture.size)), *picture.shape), np.uint8)
+                times_s = np.empty(len(pixels))
+            pixels[filled], times_s[filled] = picture, time_s
+            filled, left = filled + 1, left - 1
+            if filled == len(pixels):
+                yield Frames(pixels=pixels, timestamps_s=times_s)
+                filled = 0
+
+
+class _Painter:
+    """Turns decoded frames into upright RGB pictures of one size."""
+
+    def __init__(
+        self, path: str, first: VideoFrame, size: Callable[[int, int], tuple[int, int]] | None, num_frames: int
+    ) -> None:
+        self._path = path
+        self._stored = (first.width, first.height)
+        self._turn: Orientation = orientation(first, path)
+        width, height = self._stored[::-1] if self._turn.transpose else self._stored
+        height, width = size(height, width) if size else (height, width)
+        if num_frames * height * width > MAX_CLIP_PIXELS:
+            raise ValueError(
+                f"{path}: {num_frames} frames of {width} x {height} are above the limit of {MAX_CLIP_PIXELS} pixels a clip; "
+                f"ask for fewer or smaller frames"
+            )
+        self._target = (height, width) if self._turn.transpose else (width, height)
+        self._reformatter = VideoReformatter()
+
+    def paint(self, frame: VideoFrame) -> np.ndarray:
+        """Returns uint8 [H, W, 3], which may be a view of the frame."""
+        if (frame.width, frame.height) != self._stored:
+            raise MediaError(
+                f"{self._path}: its pictures change from {self._stored} to {(frame.width, frame.height)} px; re-encode it at one size"
+            )
+        width, height = self._target
+        rgb = self._reformatter.reformat(frame, width, height, "rgb24", interpolation=_SCALING, threads=1)
+        plane = rgb.planes[0]
+        rows = np.frombuffer(plane, np.uint8).reshape(height, plane.line_size)
+        return self._turn.apply(rows[:, : width * 3].reshape(height, width, 3))
+
+
+def _decode(index: VideoIndex, frames: np.ndarray) -> Iterator[VideoFrame]:
+    """Yields exactly the frames asked for (int64 [F], ascending, unique).
+
+    The quick pass trusts the file's key frames. Where they do not keep their promise (intra refresh, wrong flags) a
+    wanted frame does not come, and the rest is decoded plainly, from the start of the file.
+
+    Raises:
+        MediaError: A frame does not come on the plain way either.
+    """
+    wanted = index.order[frames]
+    pts = index.pts[wanted].tolist()
+    everything = np.ones(wanted.max() + 1, bool)
+    done, reason = 0, ""
+    for feed, quick in ((_needed(index, wanted), True), (everything, False)):
+        exact = np.isin(np.arange(len(feed)), wanted) if quick else everything
+        try:
+            for frame in _feed(index, feed.tolist(), exact.tolist()):
+                if frame.is_corrupt:
+                    reason = "a picture before it is damaged"
+                    break
+                if frame.pts == pts[done]:
+                    yield frame
+                    done += 1
+                    if done == len(pts):
+                        return
+                elif frame.pts is not None and frame.pts > pts[done]:
+                    reason = "the decoder leaves it out"
+                    break
+        except av.FFmpegError as error:
+            reason = str(error.strerror)
+        if quick:
+            logger.info("%s: key frames cannot be relied on (%s); decoding from the start", index.path, reason)
+    raise MediaError(
+        f"{index.path}: the frame at {index.times_s[frames[done]]:.3f} s cannot be decoded "
+        f"({reason or 'the file ends before it'}); download, copy or re-encode it"
+    )
+
+
+def _needed(index: VideoIndex, wanted: np.ndarray) -> np.ndarray:
+    """Marks the packets that have to be decoded for the wanted ones: each from its key frame on.
+
+    The key frame of a packet is the last one before it in the file that is not shown after it: pictures that follow a
+    key frame in the file but are shown before it refer to the group before.
+
+    Returns:
+        bool [last wanted packet + 1]
+    """
+    keys = np.flatnonzero(index.is_key)
+    if not len(keys) or keys[0] > 0:
+        keys = np.concatenate([[0], keys])
+    at = np.searchsorted(keys, wanted, side="right") - 1
+    while (leading := (at > 0) & (index.pts[keys[at]] > index.pts[wanted])).any():
+        at = at - leading
+    edges = np.zeros(wanted.max() + 2, np.int64)
+    np.add.at(edges, keys[at], 1)
+    np.add.at(edges, wanted + 1, -1)
+    needed = edges[:-1].cumsum() > 0
+    starts, ends = (
+        np.flatnonzero(np.diff(needed, prepend=False) & needed),
+        np.flatnonzero(np.diff(needed) & needed[:-1]) + 1,
+    )
+    for end, start in zip(ends, starts[1:], strict=True):
+        if start - end < _MIN_GAP:
+            needed[end:start] = True
+    return needed
+
+
+def _feed(index: VideoIndex, feed: list[bool], exact: list[bool]) -> Iterator[VideoFrame]:
+    """Runs the marked packets through a decoder; those not marked exact need not come out, unless others refer to them."""
+    with open_media(index.path) as container:
+        stream = video_stream(container, index.path)
+        decoder = stream.codec_context
+        if stream.width * stream.height > _THREADED_PIXELS:
+            decoder.thread_type = ThreadType.AUTO
+        # Only h264 says in each packet, without doubt, that no other picture refers to it.
+        can_skip = decoder.name == "h264"
+        dirty = False
+        for packet, pts, needed, whole in zip(
+            packets(container, stream), index.pts.tolist(), feed, exact, strict=False
+        ):
+            if packet.pts != pts:
+                raise MediaError(f"{index.path}: changed while it was being read; try again when it is complete")
+            if needed:
+                if can_skip:
+                    decoder.skip_frame = "DEFAULT" if whole else "NONREF"
+                yield from decoder.decode(packet)
+                dirty = True
+            elif dirty:
+                yield from decoder.decode(None)
+                decoder.flush_buffers()
+                dirty = False
+        yield from decoder.decode(None)
