@@ -11,8 +11,10 @@ import os
 import signal
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import numpy as np
@@ -149,17 +151,42 @@ def _render_missing(folder: Path, recipes: dict[str, Recipe]) -> None:
     if not missing:
         return
     # Spawned, not forked: the caller may hold threads (torch) that a fork would leave locked.
-    pool = ProcessPoolExecutor(
-        min(NUM_WORKERS, len(missing)), multiprocessing.get_context("spawn"), initializer=_leave_interrupts_to_parent
-    )
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(min(NUM_WORKERS, len(missing)), context, initializer=_die_with_parent)
     try:
-        futures = {pool.submit(_render_recipe, recipe, folder / name): name for name, recipe in missing.items()}
+        with _interrupts_held():
+            futures = {pool.submit(_render_recipe, recipe, folder / name): name for name, recipe in missing.items()}
         for future in as_completed(futures):
             name = futures[future]
             manifest[name] = {**asdict(missing[name]), "bytes": future.result()}
             _write_whole(manifest_path, json.dumps(manifest, indent=1, sort_keys=True) + "\n")
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Hold Ctrl-C back while workers start: they inherit that for life, the caller gets it a moment later.
+
+    So workers finish the video in hand, a few seconds, and the caller gives them no other.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _die_with_parent() -> None:
+    """End this worker when its parent is killed; otherwise it would wait for work for ever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    Thread(target=watch, daemon=True).start()
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
@@ -169,11 +196,6 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     except (FileNotFoundError, UnicodeDecodeError, json.JSONDecodeError):
         return {}
     return manifest if isinstance(manifest, dict) else {}
-
-
-def _leave_interrupts_to_parent() -> None:
-    """On Ctrl-C workers finish the video in hand, a few seconds, and the parent gives them no other."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _render_recipe(recipe: Recipe, path: Path) -> int:

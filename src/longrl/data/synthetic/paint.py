@@ -128,7 +128,7 @@ def _distance(shape: str, rows: np.ndarray, cols: np.ndarray, radius: float) -> 
     if shape == "circle":
         return np.hypot(rows, cols) - radius
     if shape == "square":
-        return np.maximum(down, aside) - 0.9 * radius
+        return np.maximum(down, aside) - radius
     if shape == "cross":
         arm = 0.3 * radius
         return np.minimum(np.maximum(down - radius, aside - arm), np.maximum(down - arm, aside - radius))

@@ -72,12 +72,14 @@ def _write(container: OutputContainer, story: Story, rate: Fraction, width: int,
     heard_s = 0
     for index, frame in enumerate(_frames(story, rate, width, height)):
         # The sound runs up to a second ahead of the picture, so that the muxer never has to hold one back for long.
-        if sound and index >= heard_s * rate:
+        while sound and index >= heard_s * rate:
             container.mux(sound.encode(next(tones)))
             heard_s += 1
         container.mux(video.encode(frame))
     container.mux(video.encode(None))
     if sound:
+        for tone in tones:
+            container.mux(sound.encode(tone))
         container.mux(sound.encode(None))
 
 
