@@ -1,0 +1,1 @@
+"""What a run reports: metrics while it runs, a page when it is done."""

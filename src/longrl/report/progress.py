@@ -84,7 +84,7 @@ class Progress:
 
     def _eta(self) -> str:
         mean = sum(record["wall_s"] for record in self._history) / len(self._history)
-        return _clock(mean * (self.total_steps - self._history[-1]["step"]))
+        return clock(mean * (self.total_steps - self._history[-1]["step"]))
 
     def _table(self) -> RenderableType:
         last = self._history[-1]
@@ -127,7 +127,8 @@ def _number(value: float | None) -> str:
     return "none" if value is None else f"{value:.4g}"
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
+    """75.2 -> 1:15; 3675 -> 1:01:15."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -1,0 +1,129 @@
+"""The head of the page: accuracy by stage, and what was claimed beside what was measured."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from html import escape
+from typing import Any
+
+from longrl.report.progress import clock
+from longrl.report.run_files import STAGES, RunFiles
+
+
+def headline_html(run: RunFiles) -> str:
+    summary = run.summary
+    title = "<h1>Long-video reinforcement learning, end to end</h1>"
+    if not summary:
+        return title + run.missing("summary.json")
+    lead = (
+        '<p class="lead">Questions about real video files, answered before and after supervised fine-tuning on '
+        "chains of thought (SFT) and after reinforcement learning (RL). Test videos were never trained on.</p>"
+    )
+    return f"{title}{lead}{_stage_cards(run)}{_checks(run)}{_facts(summary)}"
+
+
+@dataclass(frozen=True, slots=True)
+class _Check:
+    what: str
+    measured: float | None
+    at_least: float | None = None
+    at_most: float | None = None
+    style: str = ".3f"
+
+    def row(self) -> str:
+        if self.measured is None:
+            return ""
+        bound, verdict = "for comparison", ""
+        if self.at_least is not None or self.at_most is not None:
+            limit = self.at_least if self.at_least is not None else self.at_most
+            bound = f"{'at least' if self.at_least is not None else 'at most'} {plain(limit, self.style)}"
+            holds = self.measured >= self.at_least if self.at_least is not None else self.measured <= (limit or 0)
+            verdict = '<span class="holds">holds</span>' if holds else '<span class="fails">does not hold</span>'
+        return (
+            f'<tr><td>{escape(self.what)}</td><td class="number"><b>{plain(self.measured, self.style)}</b></td>'
+            f'<td class="number">{bound}</td><td class="number">{verdict}</td></tr>'
+        )
+
+
+def _stage_cards(run: RunFiles) -> str:
+    cards = []
+    for stage, label in STAGES.items():
+        accuracy = run.summary.get(f"accuracy_{stage}")
+        num = run.evals.get(stage, {}).get("num_questions")
+        error = (
+            f"<small>&plusmn; {100 * standard_error(accuracy, num):.1f}</small>" if accuracy is not None and num else ""
+        )
+        shown = "not measured" if accuracy is None else f"{100 * accuracy:.1f}%"
+        cards.append(
+            f'<div class="stage" style="--tone:var(--{stage})"><b>{shown}{error}</b><span>{label}</span></div>'
+        )
+    return f'<div class="stages">{"".join(cards)}</div>'
+
+
+def _checks(run: RunFiles) -> str:
+    summary = run.summary
+    sft, rl = summary.get("accuracy_sft"), summary.get("accuracy_rl")
+    controls = dict(summary.get("controls") or {})
+    order = run.evals.get("rl", {}).get("by_category", {}).get("order", {}).get("accuracy")
+    choice = run.evals.get("rl", {}).get("by_kind", {}).get("choice", {}).get("accuracy")
+    peak = summary.get("peak_rss_bytes")
+    checks = [
+        _Check(
+            "Accuracy after RL" if choice is None else "Accuracy after RL, four options",
+            rl if choice is None else choice,
+            0.80,
+        ),
+        _Check("Gain of RL over SFT", None if sft is None or rl is None else rl - sft, 0.15),
+        _Check("Control: without the video", controls.pop("no_video", None), at_most=0.35),
+        _Check(
+            "Control: frames shuffled in time, order questions"
+            + ("" if order is None else f" (in order: {order:.3f}; must lose 0.2)"),
+            controls.pop("shuffled_order", None),
+            at_most=None if order is None else order - 0.2,
+        ),
+        _Check("Control: SFT model, careful format forced", controls.pop("sft_careful", None)),
+        *(_Check(f"Control: {name.replace('_', ' ')}", value) for name, value in controls.items()),
+        _Check(
+            "Largest log-prob difference, engine to trainer", summary.get("logprob_diff_max"), at_most=1e-5, style=".1e"
+        ),
+        _Check("Peak memory, GB", None if peak is None else peak / 1e9, at_most=4.0, style=".2f"),
+        _Check(
+            "Wall time without installation, s", (summary.get("wall_s") or {}).get("total"), at_most=360, style=".0f"
+        ),
+    ]
+    return (
+        '<div class="scroll"><table class="checks"><thead><tr><th>What</th><th class="number">measured</th>'
+        '<th class="number">bound</th><th class="number"></th></tr></thead>'
+        f"<tbody>{''.join(check.row() for check in checks)}</tbody></table></div>"
+    )
+
+
+def _facts(summary: Mapping[str, Any]) -> str:
+    seconds, hits = summary.get("video_seconds_max"), summary.get("cache_hit_rate")
+    facts = {
+        "longest video": None if seconds is None else clock(seconds),
+        "frames a video": _grouped(summary.get("frames_per_video")),
+        "prompt tokens": _grouped(summary.get("prompt_tokens")),
+        "RL steps": _grouped(summary.get("rl_steps")),
+        "embedding cache hits": None if hits is None else f"{100 * hits:.0f}%",
+        "seed": summary.get("seed"),
+    }
+    shown = "".join(
+        f"<div><dt>{name}</dt><dd>{escape(str(value))}</dd></div>" for name, value in facts.items() if value is not None
+    )
+    return f'<dl class="facts">{shown}</dl>'
+
+
+def standard_error(accuracy: float, num_questions: int) -> float:
+    """sqrt(p (1 - p) / n), each question one trial: on the safe side when several answers to each were sampled."""
+    return math.sqrt(max(accuracy * (1 - accuracy), 0.0) / num_questions)
+
+
+def plain(value: float | None, style: str) -> str:
+    return "&ndash;" if value is None else format(value, style)
+
+
+def _grouped(value: int | None) -> str | None:
+    return None if value is None else f"{value:,}"
