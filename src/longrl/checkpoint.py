@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import typer
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -208,6 +207,8 @@ def export_command(run: str | Path, step: int | None, out: str | Path) -> None:
         ValueError: There is no such checkpoint, or out is not empty.
         OSError: out cannot be written; nothing is left there.
     """
+    import typer  # only the command line has it
+
     run, out = Path(run), Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out}: not an empty folder; choose another --out or empty it")

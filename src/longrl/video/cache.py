@@ -16,6 +16,7 @@ import logging
 import os
 import re
 import shutil
+import stat
 import tempfile
 import time
 from collections.abc import Iterator
@@ -98,25 +99,29 @@ def file_digest(path: str, memo_dir: Path | None = None) -> str:
     Raises:
         MediaError: The file is missing or cannot be read.
     """
+    memo = memo_dir / hashlib.sha256(os.fsencode(os.path.abspath(path))).hexdigest() if memo_dir else None
     try:
+        before = os.stat(path)
+        if not stat.S_ISREG(before.st_mode):  # opening a pipe would wait for ever
+            raise MediaError(f"{path}: not a file; give the path of a video file")
+        if memo and (known := _recall(memo, _identity(before))):
+            return known
         with open(path, "rb") as file:
-            before = os.fstat(file.fileno())
-            identity = [before.st_size, before.st_mtime_ns, before.st_ctime_ns, before.st_ino]
-            memo = memo_dir / hashlib.sha256(os.fsencode(os.path.abspath(path))).hexdigest() if memo_dir else None
-            if memo and (known := _recall(memo, identity)):
-                return known
             digest = hashlib.file_digest(file, "sha256").hexdigest()
             after = os.fstat(file.fileno())
     except OSError as error:
         raise MediaError(f"{path}: cannot read the video: {error.strerror or error}; check the path") from error
-    unchanged = (after.st_size, after.st_mtime_ns, after.st_ctime_ns) == tuple(identity[:3])
-    if memo and unchanged and time.time() - after.st_ctime > SETTLED_S:
+    if memo and _identity(before) == _identity(after) and time.time() - after.st_ctime > SETTLED_S:
         # Remembering only saves time: where it cannot be written (a read-only cache), the file is read again.
         with suppress(OSError):
             memo.parent.mkdir(parents=True, exist_ok=True)
             with _temp_beside(memo) as temp:
-                temp.write_text(json.dumps([identity, digest]))
+                temp.write_text(json.dumps([_identity(after), digest]))
     return digest
+
+
+def _identity(file: os.stat_result) -> list[int]:
+    return [file.st_size, file.st_mtime_ns, file.st_ctime_ns, file.st_ino]
 
 
 def _recall(memo: Path, identity: list[int]) -> str | None:
@@ -140,6 +145,11 @@ class EmbedCache:
         self.max_bytes = max_bytes
         self.hits = self.misses = self.bytes = 0
         self._unscanned_bytes = 0  # that this process may write before it measures the folder again
+
+    @property
+    def hit_rate(self) -> float:
+        """Share of this process's look-ups that were answered; 1 before the first."""
+        return self.hits / (self.hits + self.misses) if self.hits + self.misses else 1.0
 
     def digest(self, path: str) -> str:
         """`file_digest`, remembered in this cache."""
@@ -218,7 +228,7 @@ class EmbedCache:
         return bad
 
     def info(self) -> CacheInfo:
-        sizes = [stat.st_size for stat in map(_stat, self._entries()) if stat]
+        sizes = [found.st_size for found in map(_stat, self._entries()) if found]
         return CacheInfo(num_entries=len(sizes), size_bytes=sum(sizes))
 
     def _path(self, key: str) -> Path:
@@ -238,7 +248,7 @@ class EmbedCache:
         if self.max_bytes is None or self._unscanned_bytes >= 0:
             return
         self._sweep()
-        entries = [(stat.st_mtime_ns, stat.st_size, path) for path in self._entries() if (stat := _stat(path))]
+        entries = [(found.st_mtime_ns, found.st_size, path) for path in self._entries() if (found := _stat(path))]
         total_bytes = size_bytes + sum(size for _, size, path in entries if path != written)
         for _, size, path in sorted(entries):
             if total_bytes <= self.max_bytes:
@@ -254,7 +264,7 @@ class EmbedCache:
         """Removes what crashed writers left."""
         for shard in self._shards():
             for temp in shard.glob(f"{_TEMP_PREFIX}*"):
-                touched = [stat.st_mtime for path in (temp, *temp.glob("*")) if (stat := _stat(path))]
+                touched = [found.st_mtime for path in (temp, *temp.glob("*")) if (found := _stat(path))]
                 if touched and time.time() - max(touched) > STALE_S:
                     shutil.rmtree(temp, ignore_errors=True)
 

@@ -1,0 +1,593 @@
+"""The embedding cache: what comes out is what went in, whatever happens to files, processes and disks in between."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+
+from longrl.config import DataConfig
+from longrl.data.examples import Skips
+from longrl.types import Clip, MediaEmbeds, MediaError
+from longrl.video import cache as cache_module
+from longrl.video.cache import EmbedCache, cache_key, file_digest
+from longrl.video.cache_commands import cache_info, cache_verify, fill
+from longrl.video.encode import embed
+
+KEY = "3f" + "0" * 62
+
+
+def key_of(number: int) -> str:
+    return f"{number:02x}" * 32
+
+
+def make_media(seed: int = 0, num_tokens: int = 50, dtype: torch.dtype = torch.float32, deepstack: bool = False):
+    generator = torch.Generator().manual_seed(seed)
+    return MediaEmbeds(
+        embeds=torch.randn(num_tokens, 16, generator=generator).to(dtype),
+        grid_thw=(num_tokens, 2, 2),
+        seconds_per_grid=2 / 3,
+        timestamps_s=torch.rand(2 * num_tokens, generator=generator, dtype=torch.float64),
+        key="",
+        deepstack=torch.randn(3, num_tokens, 16, generator=generator).to(dtype) if deepstack else None,
+    )
+
+
+def bits(tensor: torch.Tensor | None) -> tuple | None:
+    if tensor is None:
+        return None
+    return tensor.dtype, tuple(tensor.shape), tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def contents(media: MediaEmbeds | None) -> tuple | None:
+    """Everything but the key, comparable bit for bit."""
+    if media is None:
+        return None
+    tensors = (bits(media.embeds), bits(media.timestamps_s), bits(media.deepstack))
+    return (*tensors, media.grid_thw, media.seconds_per_grid)
+
+
+def entry_path(cache: EmbedCache, key: str) -> Path:
+    return cache.dir / key[:2] / f"{key}.safetensors"
+
+
+def left_behind(folder: Path) -> list[Path]:
+    return [path for path in folder.rglob("*") if not path.is_dir()]
+
+
+class MeanColour:
+    """A small real encoder: the mean colour of every frame that PyAV decodes."""
+
+    def __init__(self, encoder_id: str = "mean-colour") -> None:
+        self.encoder_id = encoder_id
+        self.num_encoded = 0
+
+    def encode(self, clip: Clip) -> MediaEmbeds:
+        self.num_encoded += 1
+        with av.open(clip.path) as container:
+            frames = [(frame.time, frame.to_ndarray(format="rgb24")) for frame in container.decode(video=0)]
+        means = np.stack([pixels.mean(axis=(0, 1), dtype=np.float32) for _, pixels in frames])
+        return MediaEmbeds(
+            embeds=torch.from_numpy(means),
+            grid_thw=(len(frames), 1, 1),
+            seconds_per_grid=1.0,
+            timestamps_s=torch.tensor([time_s for time_s, _ in frames], dtype=torch.float64),
+            key="",
+        )
+
+
+@pytest.fixture
+def video(tmp_path: Path) -> Path:
+    path = tmp_path / "clip.mp4"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=2)
+        stream.width, stream.height, stream.pix_fmt = 64, 64, "yuv420p"
+        for level in range(0, 250, 25):
+            pixels = np.full((64, 64, 3), level, np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        container.mux(stream.encode())
+    return path
+
+
+@pytest.fixture
+def remember_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files just made count as settled, instead of waiting for two seconds."""
+    monkeypatch.setattr(cache_module, "SETTLED_S", -1.0)
+
+
+# What goes in comes out
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("deepstack", [False, True])
+def test_an_entry_comes_back_bit_for_bit(tmp_path, dtype, deepstack):
+    media = make_media(dtype=dtype, deepstack=deepstack)
+    EmbedCache(tmp_path).put(KEY, media)
+
+    cache = EmbedCache(tmp_path)
+    got = cache.get(KEY)
+    assert contents(got) == contents(media)
+    assert got is not None
+    assert got.key == KEY
+    assert (cache.hits, cache.misses) == (1, 0)
+    assert cache.bytes == media.embeds.nbytes * (4 if deepstack else 1)
+    assert cache.verify() == []
+
+
+def test_an_absent_entry_is_a_silent_miss(tmp_path, caplog):
+    cache = EmbedCache(tmp_path / "not there yet")
+    assert cache.get(KEY) is None
+    assert (cache.hits, cache.misses, caplog.records) == (0, 1, [])
+    assert not cache.dir.exists()
+
+
+@pytest.mark.parametrize("rows", [slice(0, 50), slice(7, 31), slice(None, 3), slice(49, None), slice(5, 5)])
+def test_rows_are_those_of_the_whole(tmp_path, rows):
+    media = make_media(deepstack=True)
+    cache = EmbedCache(tmp_path)
+    cache.put(KEY, media)
+    got = cache.get(KEY, rows)
+    assert got is not None
+    assert bits(got.embeds) == bits(media.embeds[rows])
+    assert media.deepstack is not None
+    assert bits(got.deepstack) == bits(media.deepstack[:, rows])
+    assert bits(got.timestamps_s) == bits(media.timestamps_s)
+
+
+def test_rows_that_do_not_exist_are_a_bug_of_the_caller(tmp_path):
+    cache = EmbedCache(tmp_path)
+    cache.put(KEY, make_media(num_tokens=50))
+    for rows in (slice(0, 51), slice(0, 50, 2)):
+        with pytest.raises(AssertionError, match="50 embeddings"):
+            cache.get(KEY, rows)
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs /proc")
+def test_tensors_are_mapped_and_private(tmp_path):
+    media = make_media()
+    cache = EmbedCache(tmp_path)
+    cache.put(KEY, media)
+    got = cache.get(KEY)
+    assert got is not None
+    assert str(entry_path(cache, KEY)) in Path("/proc/self/maps").read_text()
+    got.embeds.zero_()
+    assert contents(cache.get(KEY)) == contents(media)
+
+
+def test_entries_are_readable_by_whoever_may_read_the_folder(tmp_path):
+    cache = EmbedCache(tmp_path)
+    (tmp_path / KEY[:2]).mkdir(mode=0o755)
+    cache.put(KEY, make_media())
+    assert entry_path(cache, KEY).stat().st_mode & 0o777 == 0o644
+
+
+# Keys
+
+
+def test_every_change_changes_the_key():
+    rng = random.Random(0)
+    for _ in range(200):
+        start_s = rng.choice([0.0, rng.uniform(0, 100)])
+        clip = Clip(
+            path="a.mp4", start_s=start_s, end_s=start_s + rng.uniform(1, 50), fps=rng.uniform(0.1, 30), max_pixels=784
+        )
+        digest, encoder_id = f"{rng.getrandbits(256):064x}", f"family:{rng.random()}:float32"
+        changed = [
+            replace(clip, start_s=start_s + 1e-9),
+            replace(clip, end_s=None),
+            replace(clip, end_s=clip.end_s + 1e-3),
+            replace(clip, fps=clip.fps * (1 + 1e-9)),
+            replace(clip, fps=None, num_frames=rng.randint(1, 8192)),
+            replace(clip, max_pixels=785),
+            replace(clip, max_pixels=None),
+        ]
+        keys = [cache_key(each, encoder_id, digest) for each in (clip, *changed)]
+        keys += [cache_key(clip, f"{encoder_id}.", digest), cache_key(clip, encoder_id, digest[::-1])]
+        assert len(set(keys)) == len(keys)
+        assert cache_key(replace(clip, path="elsewhere/b.mp4"), encoder_id, digest) == keys[0]
+
+
+def test_key_does_not_tell_one_from_one_point_zero():
+    digest = "0" * 64
+    assert cache_key(Clip(path="a", fps=1, start_s=0, end_s=3), "e", digest) == cache_key(
+        Clip(path="a", fps=1.0, end_s=3.0), "e", digest
+    )
+
+
+def test_the_schema_is_part_of_the_key(monkeypatch):
+    clip = Clip(path="a", fps=1)
+    before = cache_key(clip, "e", "d")
+    monkeypatch.setattr(cache_module, "SCHEMA", cache_module.SCHEMA + 1)
+    assert cache_key(clip, "e", "d") != before
+
+
+# Digests
+
+opened: list[str] | None = None
+
+
+@pytest.fixture
+def opens() -> Iterator[list[str]]:
+    """The path of every file that Python opens during the test."""
+    global opened
+    opened = []
+    yield opened
+    opened = None
+
+
+def _note_open(event: str, args: tuple) -> None:
+    if opened is not None and event == "open":
+        opened.append(str(args[0]))
+
+
+sys.addaudithook(_note_open)
+
+
+def test_a_digest_is_remembered_until_the_file_changes(tmp_path, remember_at_once, opens):
+    path, memo = tmp_path / "a.mp4", tmp_path / "memo"
+    path.write_bytes(b"first")
+    first = file_digest(str(path), memo)
+    assert str(path) in opens
+    opens.clear()
+    assert file_digest(str(path), memo) == first
+    assert str(path) not in opens
+
+    # Same size, same inode, and a modification time set back: the time of the status change still tells.
+    before = path.stat()
+    with path.open("r+b") as file:
+        file.write(b"other")
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    second = file_digest(str(path), memo)
+    assert second == file_digest(str(path)) != first
+
+    path.write_bytes(b"first")
+    assert file_digest(str(path), memo) == first
+
+
+def test_a_digest_of_a_file_just_changed_is_not_remembered(tmp_path):
+    path, memo = tmp_path / "a.mp4", tmp_path / "memo"
+    path.write_bytes(b"first")
+    file_digest(str(path), memo)
+    assert not memo.exists()
+
+
+def test_a_damaged_memo_is_not_believed(tmp_path, remember_at_once):
+    path, memo = tmp_path / "a.mp4", tmp_path / "memo"
+    path.write_bytes(b"first")
+    digest = file_digest(str(path), memo)
+    (file,) = memo.iterdir()
+    for damage in (b"", b"[[1, 2", b"[]", b"7", b"\xff"):
+        file.write_bytes(damage)
+        assert file_digest(str(path), memo) == digest
+
+
+def test_what_cannot_be_read_is_named(tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    for path, reason in ((tmp_path / "none.mp4", "No such file"), (tmp_path, "not a file"), (pipe, "not a file")):
+        with pytest.raises(MediaError, match=reason) as caught:
+            file_digest(str(path))
+        assert str(path) in str(caught.value)
+        assert "\n" not in str(caught.value)
+
+
+# From clip to embeddings
+
+
+def test_cached_equals_live_and_a_hit_opens_no_video(tmp_path, video, remember_at_once, opens):
+    clip, family = Clip(path=str(video), fps=2), MeanColour()
+    live = embed(clip, family, None)
+    cache = EmbedCache(tmp_path / "cache")
+    assert contents(embed(clip, family, cache)) == contents(live)
+
+    opens.clear()
+    again = embed(clip, family, cache)
+    assert contents(again) == contents(live)
+    assert again.key == live.key != ""
+    assert family.num_encoded == 2  # the live one and the miss
+    assert str(video) not in opens
+    assert (cache.hits, cache.misses) == (1, 1)
+
+
+def test_a_renamed_video_is_known_and_another_encoder_is_not(tmp_path, video):
+    cache, family = EmbedCache(tmp_path / "cache"), MeanColour()
+    embed(Clip(path=str(video), fps=2), family, cache)
+    renamed = video.rename(tmp_path / "other name.mp4")
+    embed(Clip(path=str(renamed), fps=2), family, cache)
+    assert family.num_encoded == 1
+    other = MeanColour("mean-colour:bfloat16")
+    embed(Clip(path=str(renamed), fps=2), other, cache)
+    assert other.num_encoded == 1
+
+
+def test_a_file_that_changes_meanwhile_leaves_no_entry(tmp_path, video):
+    class WhileItIsWritten(MeanColour):
+        def encode(self, clip: Clip) -> MediaEmbeds:
+            media = super().encode(clip)
+            with open(clip.path, "ab") as file:
+                file.write(b"more")
+            return media
+
+    cache = EmbedCache(tmp_path / "cache")
+    with pytest.raises(MediaError, match="changed while"):
+        embed(Clip(path=str(video), fps=2), WhileItIsWritten(), cache)
+    assert cache.info().num_entries == 0
+
+
+def test_fill_embeds_each_clip_once_and_names_what_it_skips(tmp_path, video, caplog):
+    cache, family = EmbedCache(tmp_path / "cache"), MeanColour()
+    good, bad = Clip(path=str(video), fps=2), Clip(path=str(tmp_path / "none.mp4"), fps=2)
+    skips = Skips(DataConfig(on_error="skip"))
+    fill([good, bad, good], family, cache, skips)
+    assert family.num_encoded == 1
+    assert list(skips.names) == [bad.path]
+    assert bad.path in caplog.text
+    with pytest.raises(MediaError, match=r"none\.mp4"):
+        fill([good, bad], family, cache, Skips(DataConfig()))
+
+
+# Damage
+
+
+@pytest.fixture
+def entry(tmp_path: Path) -> tuple[EmbedCache, Path, MediaEmbeds]:
+    cache, media = EmbedCache(tmp_path), make_media(deepstack=True)
+    cache.put(KEY, media)
+    return cache, entry_path(cache, KEY), media
+
+
+def test_a_truncated_entry_is_never_believed_and_is_written_again(entry, caplog):
+    cache, path, media = entry
+    whole = path.read_bytes()
+    lengths = [0, 1, 7, 8, 9, 200, len(whole) // 2, len(whole) - 8, len(whole) - 1]
+    for count, length in enumerate(lengths, start=1):
+        path.write_bytes(whole[:length])
+        caplog.clear()
+        assert cache.get(KEY) is None
+        assert cache.misses == count
+        assert str(path) in caplog.text
+        cache.put(KEY, media)
+        assert contents(cache.get(KEY)) == contents(media)
+
+
+def test_an_altered_header_is_never_believed(entry, caplog):
+    caplog.set_level(logging.CRITICAL)
+    cache, path, media = entry
+    whole = path.read_bytes()
+    header_end = 8 + int.from_bytes(whole[:8], "little")
+    rng = random.Random(0)
+    num_refused = 0
+    for _ in range(300):
+        damaged = bytearray(whole)
+        damaged[rng.randrange(header_end)] ^= 1 << rng.randrange(8)
+        path.write_bytes(damaged)
+        got = cache.get(KEY)
+        num_refused += got is None
+        # A flipped bit may leave the same JSON (white space); then the contents are the same too.
+        assert contents(got) in (None, contents(media))
+    assert num_refused > 250
+
+
+def test_other_contents_under_the_same_name_are_never_believed(entry, tmp_path):
+    cache, path, _ = entry
+    other = key_of(7)
+    entry_path(cache, other).parent.mkdir()
+    shutil.copy(path, entry_path(cache, other))
+    assert cache.get(other) is None
+
+    from safetensors.torch import save_file
+
+    save_file({"embeds": torch.zeros(50, 16)}, path)
+    assert cache.get(KEY) is None
+
+
+def test_altered_tensors_are_found_by_verify_and_removed(entry):
+    cache, path, media = entry
+    cache.put(key_of(1), media)
+    whole = bytearray(path.read_bytes())
+    whole[-5] ^= 1
+    path.write_bytes(whole)
+    with pytest.raises(ValueError, match="1 of 2 entries") as caught:
+        cache_verify(cache.dir)
+    assert str(path) in str(caught.value)
+    assert cache.get(KEY) is None
+    assert contents(cache.get(key_of(1))) == contents(media)
+    cache_verify(cache.dir)
+
+
+def test_commands_print_and_refuse_a_wrong_folder(entry, tmp_path, capsys):
+    cache_info(entry[0].dir)
+    cache_verify(entry[0].dir)
+    assert "1 entries" in capsys.readouterr().out
+    for command in (cache_info, cache_verify):
+        with pytest.raises(ValueError, match="no such cache folder"):
+            command(tmp_path / "none")
+
+
+# Size
+
+
+def test_the_least_recently_used_goes_first(tmp_path):
+    media = make_media()
+    cache = EmbedCache(tmp_path)
+    cache.put(key_of(0), media)
+    entry_bytes = cache.info().size_bytes
+    cache = EmbedCache(tmp_path, max_bytes=3 * entry_bytes + entry_bytes // 2)
+    for number in (1, 2):
+        cache.put(key_of(number), media)
+    for age_s, number in ((30, 0), (20, 1), (10, 2)):
+        os.utime(entry_path(cache, key_of(number)), (time.time() - age_s,) * 2)
+    held = cache.get(key_of(1))
+    oldest = cache.get(key_of(0))
+
+    cache.put(key_of(3), media)
+    assert [cache.get(key_of(number)) is not None for number in range(4)] == [True, True, False, True]
+
+    cache.put(key_of(4), media)
+    cache.put(key_of(5), media)
+    cache.put(key_of(6), media)
+    assert cache.info().num_entries == 3
+    assert contents(held) == contents(oldest) == contents(media)  # a mapping outlives its entry
+
+
+def test_rewriting_an_entry_evicts_nothing(tmp_path):
+    media = make_media()
+    EmbedCache(tmp_path).put(key_of(0), media)
+    cache = EmbedCache(tmp_path, max_bytes=2 * EmbedCache(tmp_path).info().size_bytes)
+    cache.put(key_of(1), media)
+    for _ in range(3):
+        cache.put(key_of(0), media)
+    assert cache.info().num_entries == 2
+
+
+def test_what_can_never_fit_is_refused_before_anything_is_evicted(tmp_path):
+    EmbedCache(tmp_path).put(key_of(0), make_media())
+    cache = EmbedCache(tmp_path, max_bytes=20_000)
+    with pytest.raises(ValueError, match=r"raise cache\.max_gib"):
+        cache.put(key_of(1), make_media(num_tokens=1000))
+    assert cache.get(key_of(0)) is not None
+
+
+def test_files_of_others_are_never_touched(tmp_path):
+    foreign = [
+        tmp_path / "model.safetensors",
+        tmp_path / "ab" / "model.safetensors",
+        tmp_path / "hub" / f"{KEY}.safetensors",
+    ]
+    for path in foreign:
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"mine" * 10_000)
+        os.utime(path, (0, 0))
+    media = make_media()
+    cache = EmbedCache(tmp_path, max_bytes=20_000)
+    for number in range(5):
+        cache.put(key_of(number), media)
+    assert cache.verify() == []
+    assert cache.info().size_bytes <= 20_000
+    assert all(path.exists() for path in foreign)
+
+
+def test_what_crashed_writers_left_is_swept_after_an_hour(tmp_path):
+    cache = EmbedCache(tmp_path, max_bytes=10**6)
+    old, recent = tmp_path / "ab" / ".embed-old", tmp_path / "cd" / ".embed-recent"
+    for folder in (old, recent):
+        folder.mkdir(parents=True)
+        (folder / "part").write_bytes(b"half")
+    for path in (old / "part", old, recent):  # recent: its file is still being written to
+        os.utime(path, (time.time() - 2 * cache_module.STALE_S,) * 2)
+    cache.put(KEY, make_media())
+    assert not old.exists()
+    assert recent.exists()
+
+
+# Other processes, dead processes, full disks
+
+
+def _put_many(folder: str, seed: int, num: int) -> None:
+    cache = EmbedCache(folder, max_bytes=10**7)
+    for number in itertools.islice(itertools.cycle(range(4)), num):
+        cache.put(key_of(number), make_media(seed=number, num_tokens=2000))
+        assert contents(cache.get(key_of((number + seed) % 4))) in (
+            None,
+            contents(make_media(seed=(number + seed) % 4, num_tokens=2000)),
+        )
+
+
+@pytest.mark.distributed
+def test_two_processes_write_the_same_keys(tmp_path):
+    spawn = multiprocessing.get_context("spawn")
+    writers = [spawn.Process(target=_put_many, args=(str(tmp_path), seed, 30)) for seed in (1, 2)]
+    for writer in writers:
+        writer.start()
+    cache, num_read = EmbedCache(tmp_path), 0
+    expected = [contents(make_media(seed=number, num_tokens=2000)) for number in range(4)]
+    while any(writer.is_alive() for writer in writers):
+        for number in range(4):
+            got = cache.get(key_of(number))
+            num_read += got is not None
+            assert contents(got) in (None, expected[number])
+    assert [writer.exitcode for writer in writers] == [0, 0]
+    assert num_read > 0
+    assert cache.verify() == []
+    assert len(left_behind(tmp_path)) == 4
+
+
+PUT_FOREVER = """
+import sys, torch
+sys.path.insert(0, sys.argv[2])
+from test_cache import make_media, key_of
+from longrl.video.cache import EmbedCache
+cache, media = EmbedCache(sys.argv[1]), make_media(num_tokens=200_000)
+number = 0
+while True:
+    cache.put(key_of(number % 256), media)
+    number += 1
+"""
+
+
+@pytest.mark.distributed
+def test_a_writer_that_is_killed_leaves_no_half_entry(tmp_path):
+    command = [sys.executable, "-c", PUT_FOREVER, str(tmp_path), str(Path(__file__).parent)]
+    writer = subprocess.Popen(command)
+    deadline = time.monotonic() + 60
+    # Entries of 15 MB; three done, and one begun.
+    while len(list(tmp_path.glob("*/*.safetensors"))) < 3 or not list(tmp_path.glob("*/.embed-*/*")):
+        assert writer.poll() is None
+        assert time.monotonic() < deadline
+    writer.send_signal(signal.SIGKILL)
+    writer.wait()
+
+    cache = EmbedCache(tmp_path, max_bytes=10**9)
+    num_entries = cache.info().num_entries
+    assert num_entries >= 3
+    assert cache.verify() == []
+    cache.put(key_of(num_entries), make_media())
+    assert contents(cache.get(key_of(num_entries))) == contents(make_media())
+
+
+PUT_UNDER_LIMIT = """
+import resource, sys
+sys.path.insert(0, sys.argv[2])
+from test_cache import make_media, key_of
+from longrl.video.cache import EmbedCache
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+cache = EmbedCache(sys.argv[1], max_bytes=10**7)
+cache.put(key_of(1), make_media())
+try:
+    cache.put(key_of(2), make_media(num_tokens=5000))
+except OSError as error:
+    print(error)
+assert cache.get(key_of(1)) is not None and cache.get(key_of(2)) is None
+"""
+
+
+def test_a_failing_disk_is_one_line_and_leaves_nothing(tmp_path):
+    command = [sys.executable, "-c", PUT_UNDER_LIMIT, str(tmp_path), str(Path(__file__).parent)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    (line,) = done.stdout.splitlines()
+    assert str(tmp_path) in line
+    assert "File too large" in line
+    assert "set cache.dir" in line
+    assert [path.name for path in left_behind(tmp_path)] == [f"{key_of(1)}.safetensors"]
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(OSError, match="make it writable") as caught:
+        EmbedCache(tmp_path / "file" / "cache").put(KEY, make_media())
+    assert "\n" not in str(caught.value)
