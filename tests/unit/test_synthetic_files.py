@@ -23,9 +23,9 @@ from longrl.data.synthetic.paint import RGB, paint
 from longrl.data.synthetic.render import KEY_FRAME_EVERY_S, SCALE_HZ, render
 from longrl.data.synthetic.world import COLOURS, make_story
 
-# A colour's distance in RGB, after 4:2:0 and crf 20, from what was painted: measured at most 12 inside an object.
-# The nearest two object colours are about 200 apart.
-COLOUR_TOLERANCE = 30
+# How far a channel inside an object may be from what was painted, after 4:2:0 and crf 20: measured at most 4 over twelve
+# stories. Any two object colours differ by 184 or more in some channel.
+COLOUR_TOLERANCE = 12
 
 
 def length_s(path):
@@ -57,7 +57,9 @@ def test_rendered_file_has_exact_times_and_the_painted_pictures(tmp_path, fps):
     for frame in frames[:: max(1, len(frames) // 40)]:
         seen = frame.to_ndarray(format="rgb24").astype(int)
         painted = paint(story, frame.time, 120, 160).astype(int)
-        assert np.abs(seen - painted).mean() < 6  # chroma is halved, so edges differ more than surfaces
+        assert (
+            np.abs(seen - painted).mean() < 4
+        )  # chroma is halved, so edges differ more than surfaces; measured at most 2.5
         event = story.event_at(frame.time)
         if event is not None:
             row = 30 if event.place.startswith("top") else 90
@@ -225,7 +227,10 @@ build_dataset(SyntheticConfig(dir=sys.argv[1], train_videos=30, test_videos=1, s
             assert length_s(path) >= 1000
 
 
-@pytest.mark.parametrize(("change", "match"), [({"seed": -1}, "videos.seed"), ({"width": 97}, "even width")])
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [({"seed": -1}, "videos.seed"), ({"seed": 20_001}, "videos.seed"), ({"width": 97}, "even width")],
+)
 def test_impossible_dataset_is_refused(tmp_path, small, change, match):
     with pytest.raises(ValueError, match=match):
         build_dataset(SyntheticConfig(dir=str(tmp_path), **{**small, **change}))
