@@ -121,7 +121,7 @@ def test_shapes_and_colours_survive_28_by_28():
             seen.append(np.asarray(frame.resize((28, 28), Image.Resampling.BICUBIC), int))
     for index, one in enumerate(seen):
         for two in seen[:index]:
-            # 60 of 255 is far above what h264 changes inside an object (4) and what the background varies by (about 10).
+            # 60 of 255 is far above what h264 changes inside an object (4) and what backgrounds vary by (about 10).
             assert (np.abs(one - two).max(axis=2) > 60).sum() >= 8
 
 

@@ -23,7 +23,7 @@ from longrl.data.synthetic.paint import RGB, paint
 from longrl.data.synthetic.render import KEY_FRAME_EVERY_S, SCALE_HZ, render
 from longrl.data.synthetic.world import COLOURS, make_story
 
-# How far a channel inside an object may be from what was painted, after 4:2:0 and crf 20: measured at most 4 over twelve
+# How far a channel inside an object may be from what was painted, with 4:2:0 and crf 20: at most 4 in twelve
 # stories. Any two object colours differ by 184 or more in some channel.
 COLOUR_TOLERANCE = 12
 
