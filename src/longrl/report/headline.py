@@ -31,6 +31,8 @@ class _Check:
     at_least: float | None = None
     at_most: float | None = None
     style: str = ".3f"
+    why: str = ""
+    """Where the bound comes from, if it was measured too."""
 
     def row(self) -> str:
         if self.measured is None:
@@ -38,7 +40,7 @@ class _Check:
         bound, verdict = "for comparison", ""
         if self.at_least is not None or self.at_most is not None:
             limit = self.at_least if self.at_least is not None else self.at_most
-            bound = f"{'at least' if self.at_least is not None else 'at most'} {plain(limit, self.style)}"
+            bound = f"{'at least' if self.at_least is not None else 'at most'} {plain(limit, self.style)}{self.why}"
             holds = self.measured >= self.at_least if self.at_least is not None else self.measured <= (limit or 0)
             verdict = '<span class="holds">holds</span>' if holds else '<span class="fails">does not hold</span>'
         return (
@@ -78,10 +80,10 @@ def _checks(run: RunFiles) -> str:
         _Check("Gain of RL over SFT", None if sft is None or rl is None else rl - sft, 0.15),
         _Check("Control: without the video", controls.pop("no_video", None), at_most=0.35),
         _Check(
-            "Control: frames shuffled in time, order questions"
-            + ("" if order is None else f" (in order: {order:.3f}; must lose 0.2)"),
+            "Control: frames shuffled in time, order questions",
             controls.pop("shuffled_order", None),
             at_most=None if order is None else order - 0.2,
+            why="" if order is None else f" = {order:.3f} &minus; 0.2",
         ),
         _Check("Control: SFT model, careful format forced", controls.pop("sft_careful", None)),
         *(_Check(f"Control: {name.replace('_', ' ')}", value) for name, value in controls.items()),

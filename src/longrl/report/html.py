@@ -28,11 +28,11 @@ CHANCE = 0.25
 _CURVES: dict[str, dict[str, tuple[str, ...]]] = {
     "rl": {
         "Reward": ("reward/mean", "reward/format"),
-        "Answer reward: accuracy on training questions": ("reward/answer", "eval/accuracy"),
+        "Answer reward": ("reward/answer", "eval/accuracy"),
         "Response length, tokens": ("response/tokens",),
         "Loss": ("loss",),
         "Entropy, nats a token": ("entropy",),
-        "Largest log-prob difference, engine to trainer": ("sampling/logprob_diff",),
+        "Log-prob difference, largest": ("sampling/logprob_diff",),
         "Gradient norm": ("grad_norm",),
         "Learning rate": ("lr",),
     },
@@ -163,7 +163,7 @@ def _curves(run: RunFiles, kind: str, title: str) -> str:
     if not records:
         return f"<h2>{title}</h2>{run.missing(f'{kind}/metrics.jsonl')}"
     window = smoothing(len(records))
-    averaged = f", with the running mean of {window} steps drawn strong" if window > 1 else ""
+    averaged = f", with the moving mean of {window} steps drawn strong" if window > 1 else ""
     main = [_curve(records, label, names) for label, names in _CURVES[kind].items()]
     shown = {name for names in _CURVES[kind].values() for name in names} | {"step", "wall_s"}
     others = [name for name in _union(records) if name not in shown and not name.startswith("time/")]

@@ -35,7 +35,7 @@ class Series:
 def line_chart(
     xs: Sequence[float], series: Sequence[Series], label: str, log: bool = False, bound: float | None = None
 ) -> str:
-    """Curves over steps: pale as measured, strong as their running mean.
+    """Curves over steps: pale as measured, strong as their moving mean.
 
     Args:
         xs: [S] steps.
@@ -47,16 +47,17 @@ def line_chart(
     Returns:
         An <svg> element.
     """
-    figure, axes = _figure(4.2, 2.15)
+    figure, axes = _figure(3.9, 2.05)
     window = smoothing(len(xs))
     for one in series:
         if window > 1:
             axes.plot(_thin(xs), _thin(one.ys), color=_stand_in(one.colour), alpha=0.25, linewidth=0.9)
-        axes.plot(_thin(xs), _thin(running_mean(one.ys, window)), color=_stand_in(one.colour), linewidth=1.8)
+        axes.plot(_thin(xs), _thin(moving_mean(one.ys, window)), color=_stand_in(one.colour), linewidth=1.8)
     if bound is not None:
         axes.axhline(bound, color=_stand_in("muted"), linewidth=0.9, linestyle=(0, (4, 3)))
     if log:
         axes.set_yscale("log")
+        axes.minorticks_off()
     axes.margins(x=0.02, y=0.12)
     axes.set_xlabel("step", fontsize=8.5, color=_stand_in("muted"))
     return _finish(figure, label)
@@ -116,15 +117,18 @@ def area_chart(xs: Sequence[float], series: Sequence[Series], label: str) -> str
 
 
 def smoothing(num_points: int) -> int:
-    """Points that the running mean of a curve of this length looks back over; 1: it is drawn as it is."""
+    """Points that the moving mean of a curve of this length spans; 1: it is drawn as it is."""
     return max(num_points // 15, 1) if num_points >= 30 else 1
 
 
-def running_mean(ys: Sequence[float], window: int) -> list[float]:
-    """Mean of the last `window` values that exist (fewer at the start); NaN where there are none."""
+def moving_mean(ys: Sequence[float], window: int) -> list[float]:
+    """Mean of the `window` values around each (those that exist; fewer at the ends); NaN where there are none.
+
+    Centred, so that a falling curve is not drawn late.
+    """
     means = []
     for index in range(len(ys)):
-        recent = [y for y in ys[max(index - window + 1, 0) : index + 1] if y == y]
+        recent = [y for y in ys[max(index - (window - 1) // 2, 0) : index + window // 2 + 1] if y == y]
         means.append(sum(recent) / len(recent) if recent else float("nan"))
     return means
 
@@ -151,7 +155,7 @@ def _figure(width_in: float, height_in: float) -> tuple[Any, Axes]:
         spine.set_color(_stand_in("line"))
     axes.grid(axis="y", color=_stand_in("line"), linewidth=0.7)
     axes.set_axisbelow(True)
-    axes.tick_params(length=0, labelsize=8.5, labelcolor=_stand_in("muted"))
+    axes.tick_params(length=0, labelsize=9, labelcolor=_stand_in("muted"))
     axes.locator_params(axis="both", nbins=5)
     return figure, axes
 

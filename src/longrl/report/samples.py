@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import logging
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 
 from longrl.report.progress import clock
 from longrl.report.run_files import STAGES, RunFiles
+from longrl.rewards.answer import parse_letter
 from longrl.rewards.format import parse_answer, parse_thought
 from longrl.types import Clip
 
@@ -21,6 +23,8 @@ SHOWN_STAGES = ("sft", "rl")
 MOST_EXAMPLES = 6
 NUM_FRAMES = 8
 FRAME_WIDTH_PX = 200
+
+_OPTION = re.compile(r"[A-Z]\. ")
 
 
 def samples_html(run: RunFiles) -> str:
@@ -32,7 +36,8 @@ def samples_html(run: RunFiles) -> str:
     chosen = _choose(list(by_stage[[stage for stage in by_stage if by_stage[stage]][-1]].values()))
     note = (
         '<p class="note">Chosen by place, not by outcome: the first question of each category in the test set, then '
-        "the first that the last stage mostly gets wrong. Of several sampled responses the first is shown.</p>"
+        "the first that the last stage mostly gets wrong; of different videos where there are any. Of several sampled "
+        "responses the first is shown; the truth is outlined.</p>"
     )
     absent = [f"eval/{stage}.json" for stage in SHOWN_STAGES if stage not in run.evals]
     cards = "".join(_card(run.run_dir, example, by_stage) for example in chosen)
@@ -44,10 +49,11 @@ def _examples(content: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
 
 
 def _choose(examples: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    first: dict[str, Mapping[str, Any]] = {}
-    for example in examples:
-        first.setdefault(example["category"], example)
-    chosen = list(first.values())[: MOST_EXAMPLES - 1]
+    chosen: list[Mapping[str, Any]] = []
+    for category in list(dict.fromkeys(example["category"] for example in examples))[: MOST_EXAMPLES - 1]:
+        seen = {example["video"] for example in chosen}
+        of_category = [example for example in examples if example["category"] == category]
+        chosen.append(next((example for example in of_category if example["video"] not in seen), of_category[0]))
     failed = (example for example in examples if example not in chosen and _share_right(example) < 0.5)
     return chosen + [example for example in [next(failed, None)] if example is not None]
 
@@ -64,10 +70,21 @@ def _card(run_dir: Path, example: Mapping[str, Any], by_stage: Mapping[str, Mapp
     about = " · ".join(escape(str(part)) for part in (example["category"], example["kind"], example["id"]))
     return (
         f'<article class="sample"><div class="small">{about}</div>'
-        f'<div class="question">{escape(example["question"])}</div>'
-        f'<div class="small">Truth: <b>{escape(str(example["answer"]))}</b></div>'
-        f'{_strip(run_dir, example["video"])}<div class="answers">{answers}</div></article>'
+        f"{_question(example['question'], str(example['answer']))}{_strip(run_dir, example['video'])}"
+        f'<div class="answers">{answers}</div></article>'
     )
+
+
+def _question(text: str, answer: str) -> str:
+    """The question, its options beneath ("A. red circle" lines) or else the truth in words."""
+    lines = text.splitlines()
+    options = [line for line in lines if _OPTION.match(line)]
+    asked = "\n".join(line for line in lines if line not in options)
+    marked = "".join(
+        f"<li{' class=truth' if option[0] == parse_letter(answer) else ''}>{escape(option)}</li>" for option in options
+    )
+    beneath = marked or f'<li class="truth">{escape(answer)}</li>'
+    return f'<div class="question">{escape(asked)}</div><ul class="options">{beneath}</ul>'
 
 
 def _stage(stage: str, example: Mapping[str, Any]) -> str:
@@ -121,12 +138,16 @@ def _frames(path: Path) -> Iterator[tuple[str, float]]:
     from PIL import Image
 
     from longrl.video.decode import read_frames
+    from longrl.video.probe import probe
 
     def size(height: int, width: int) -> tuple[int, int]:
         scale = min(FRAME_WIDTH_PX / width, 1.0)
         return max(round(height * scale), 1), max(round(width * scale), 1)
 
-    for frames in read_frames(Clip(path=str(path), num_frames=NUM_FRAMES), size=size):
+    # The middles of equal parts: the very first and last frame of a video seldom show much.
+    margin_s = probe(str(path)).duration_s / (2 * NUM_FRAMES)
+    end_s = margin_s * (2 * NUM_FRAMES - 1)
+    for frames in read_frames(Clip(path=str(path), start_s=margin_s, end_s=end_s, num_frames=NUM_FRAMES), size=size):
         for pixels, time_s in zip(frames.pixels, frames.timestamps_s, strict=True):
             out = io.BytesIO()
             Image.fromarray(pixels).save(out, format="JPEG", quality=82)
