@@ -75,7 +75,7 @@ def bar_chart(groups: Sequence[str], series: Sequence[Series], label: str, chanc
     Returns:
         An <svg> element.
     """
-    figure, axes = _figure(5.0, 2.7)
+    figure, axes = _figure(4.5, 2.55)
     width = 0.78 / len(series)
     for index, one in enumerate(series):
         places = [group + (index - (len(series) - 1) / 2) * width for group in range(len(groups))]
@@ -84,7 +84,7 @@ def bar_chart(groups: Sequence[str], series: Sequence[Series], label: str, chanc
         for place, value, error in zip(places, one.ys, one.errors, strict=True):
             if value == value:  # not NaN
                 text = f"{100 * value:.0f}"
-                axes.text(place, value + error + 0.025, text, ha="center", fontsize=8, color=_stand_in("ink"))
+                axes.text(place, value + error + 0.025, text, ha="center", fontsize=8.5, color=_stand_in("ink"))
     if chance is not None:
         axes.axhline(chance, color=_stand_in("muted"), linewidth=0.9, linestyle=(0, (4, 3)))
     axes.set_ylim(0, 1.12)
@@ -106,7 +106,7 @@ def area_chart(xs: Sequence[float], series: Sequence[Series], label: str) -> str
     Returns:
         An <svg> element.
     """
-    figure, axes = _figure(5.0, 2.7)
+    figure, axes = _figure(4.5, 2.55)
     colours = [_stand_in(one.colour) for one in series]
     axes.stackplot(_thin(xs), [_thin(one.ys) for one in series], colors=colours, linewidth=0)
     axes.margins(x=0, y=0.05)
