@@ -14,8 +14,10 @@ from collections.abc import Callable, Iterator
 import av
 import numpy as np
 from av.codec.context import ThreadType
+from av.error import FFmpegError
 from av.video.frame import VideoFrame
 from av.video.reformatter import Interpolation, VideoReformatter
+from av.video.stream import VideoStream
 
 from longrl.types import Clip, Frames, MediaError
 from longrl.video.probe import (
@@ -95,7 +97,8 @@ def _choose(clip: Clip, index: VideoIndex) -> np.ndarray:
     if clip.start_s >= duration_s or (clip.end_s or 0.0) > duration_s + TOLERANCE_S:
         end = "the end" if clip.end_s is None else f"{clip.end_s:.3f} s"
         raise MediaError(
-            f"{clip.path}: the span {clip.start_s:.3f} s to {end} lies outside the video, which lasts {duration_s:.3f} s"
+            f"{clip.path}: the span {clip.start_s:.3f} s to {end} is not within the video; "
+            f"stay within its {duration_s:.3f} s"
         )
     end_s = duration_s if clip.end_s is None else min(clip.end_s, duration_s)
     if clip.num_frames is not None:
@@ -141,23 +144,22 @@ class _Painter:
         height, width = size(height, width) if size else (height, width)
         if num_frames * height * width > MAX_CLIP_PIXELS:
             raise ValueError(
-                f"{path}: {num_frames} frames of {width} x {height} are above the limit of {MAX_CLIP_PIXELS} pixels a clip; "
-                f"ask for fewer or smaller frames"
+                f"{path}: {num_frames} frames of {width} x {height} are above the limit of {MAX_CLIP_PIXELS} pixels "
+                f"a clip; ask for fewer or smaller frames"
             )
         self._target = (height, width) if self._turn.transpose else (width, height)
         self._reformatter = VideoReformatter()
 
     def paint(self, frame: VideoFrame) -> np.ndarray:
-        """Returns uint8 [H, W, 3], which may be a view of the frame."""
+        """Returns uint8 [H, W, 3]."""
         if (frame.width, frame.height) != self._stored:
             raise MediaError(
-                f"{self._path}: its pictures change from {self._stored} to {(frame.width, frame.height)} px; re-encode it at one size"
+                f"{self._path}: its picture size changes from {self._stored} to {(frame.width, frame.height)}; "
+                f"re-encode it at one size"
             )
         width, height = self._target
         rgb = self._reformatter.reformat(frame, width, height, "rgb24", interpolation=_SCALING, threads=1)
-        plane = rgb.planes[0]
-        rows = np.frombuffer(plane, np.uint8).reshape(height, plane.line_size)
-        return self._turn.apply(rows[:, : width * 3].reshape(height, width, 3))
+        return self._turn.apply(rgb.to_ndarray())
 
 
 def _decode(index: VideoIndex, frames: np.ndarray) -> Iterator[VideoFrame]:
@@ -172,30 +174,30 @@ def _decode(index: VideoIndex, frames: np.ndarray) -> Iterator[VideoFrame]:
     wanted = index.order[frames]
     pts = index.pts[wanted].tolist()
     everything = np.ones(wanted.max() + 1, bool)
-    done, reason = 0, ""
-    for feed, quick in ((_needed(index, wanted), True), (everything, False)):
-        exact = np.isin(np.arange(len(feed)), wanted) if quick else everything
+    exact = np.zeros_like(everything)
+    exact[wanted] = True
+    done, reason = 0, "the decoder does not give it"
+    for feed, whole in ((_needed(index, wanted), exact), (everything, everything)):
         try:
-            for frame in _feed(index, feed.tolist(), exact.tolist()):
-                if frame.is_corrupt:
-                    reason = "a picture before it is damaged"
-                    break
+            for frame in _feed(index, feed.tolist(), whole.tolist()):
                 if frame.pts == pts[done]:
                     yield frame
                     done += 1
                     if done == len(pts):
                         return
-                elif frame.pts is not None and frame.pts > pts[done]:
-                    reason = "the decoder leaves it out"
+                elif frame.pts > pts[done]:
                     break
-        except av.FFmpegError as error:
-            reason = str(error.strerror)
-        if quick:
-            logger.info("%s: key frames cannot be relied on (%s); decoding from the start", index.path, reason)
+        except _Damaged as error:
+            reason = str(error)
+        logger.debug("%s: key frames cannot be relied on (%s); decoding from the start", index.path, reason)
     raise MediaError(
-        f"{index.path}: the frame at {index.times_s[frames[done]]:.3f} s cannot be decoded "
-        f"({reason or 'the file ends before it'}); download, copy or re-encode it"
+        f"{index.path}: the frame at {index.times_s[frames[done]]:.3f} s cannot be decoded ({reason}); "
+        f"download, copy or re-encode the file"
     )
+
+
+class _Damaged(Exception):
+    """The decoder stumbles; says over what."""
 
 
 def _needed(index: VideoIndex, wanted: np.ndarray) -> np.ndarray:
@@ -217,38 +219,57 @@ def _needed(index: VideoIndex, wanted: np.ndarray) -> np.ndarray:
     np.add.at(edges, keys[at], 1)
     np.add.at(edges, wanted + 1, -1)
     needed = edges[:-1].cumsum() > 0
-    starts, ends = (
-        np.flatnonzero(np.diff(needed, prepend=False) & needed),
-        np.flatnonzero(np.diff(needed) & needed[:-1]) + 1,
-    )
-    for end, start in zip(ends, starts[1:], strict=True):
+    steps = np.flatnonzero(np.diff(needed, prepend=False, append=False))
+    for end, start in zip(steps[1:-1:2], steps[2::2], strict=True):
         if start - end < _MIN_GAP:
             needed[end:start] = True
     return needed
 
 
 def _feed(index: VideoIndex, feed: list[bool], exact: list[bool]) -> Iterator[VideoFrame]:
-    """Runs the marked packets through a decoder; those not marked exact need not come out, unless others refer to them."""
+    """Decodes the packets marked in `feed`; a frame not marked in `exact` may be left out if no other refers to it.
+
+    Yields:
+        Frames in ascending order of presentation, all with a time.
+
+    Raises:
+        _Damaged: The decoder fails, conceals damage or contradicts the order of the times.
+    """
     with open_media(index.path) as container:
         stream = video_stream(container, index.path)
-        decoder = stream.codec_context
-        if stream.width * stream.height > _THREADED_PIXELS:
-            decoder.thread_type = ThreadType.AUTO
-        # Only h264 says in each packet, without doubt, that no other picture refers to it.
-        can_skip = decoder.name == "h264"
-        dirty = False
-        for packet, pts, needed, whole in zip(
-            packets(container, stream), index.pts.tolist(), feed, exact, strict=False
-        ):
-            if packet.pts != pts:
-                raise MediaError(f"{index.path}: changed while it was being read; try again when it is complete")
-            if needed:
-                if can_skip:
-                    decoder.skip_frame = "DEFAULT" if whole else "NONREF"
-                yield from decoder.decode(packet)
-                dirty = True
-            elif dirty:
-                yield from decoder.decode(None)
-                decoder.flush_buffers()
-                dirty = False
-        yield from decoder.decode(None)
+        last = -(2**63)
+        try:
+            for frame in _run(index, packets(container, stream), stream, feed, exact):
+                if frame.is_corrupt:
+                    raise _Damaged("it or a picture it refers to is damaged")
+                if frame.pts is None or frame.pts < last:
+                    raise _Damaged("the times of the pictures contradict their order")
+                last = frame.pts
+                yield frame
+        except FFmpegError as error:
+            raise _Damaged(error.strerror) from None
+
+
+def _run(
+    index: VideoIndex, source: Iterator[av.Packet], stream: VideoStream, feed: list[bool], exact: list[bool]
+) -> Iterator[VideoFrame]:
+    decoder = stream.codec_context
+    if stream.width * stream.height > _THREADED_PIXELS:
+        decoder.thread_type = ThreadType.AUTO
+    # Only h264 says in each packet, without doubt, that no other picture refers to it.
+    can_skip = decoder.name == "h264"
+    dirty = False
+    plan = zip(index.pts.tolist(), feed, exact, strict=False)
+    for packet, (pts, needed, whole) in zip(source, plan, strict=False):
+        if packet.pts != pts:
+            raise MediaError(f"{index.path}: changed while it was being read; try again when it is complete")
+        if needed:
+            if can_skip:
+                decoder.skip_frame = "DEFAULT" if whole else "NONREF"
+            yield from decoder.decode(packet)
+            dirty = True
+        elif dirty:
+            yield from decoder.decode(None)
+            decoder.flush_buffers()
+            dirty = False
+    yield from decoder.decode(None)

@@ -8,12 +8,12 @@ import stat
 from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
-from fractions import Fraction
 
 import av
 import numpy as np
+from av.audio.stream import AudioStream
 from av.container import InputContainer
-from av.sidedata.sidedata import Type as SideDataType
+from av.error import FFmpegError
 from av.stream import Discard, Disposition
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
@@ -26,8 +26,11 @@ MAX_PIXELS = 64 * 2**20
 TOLERANCE_S = 0.5
 """How far a header, or a span, may reach past the last frame before it counts as wrong."""
 
-# Containers only. Playlists (hls, concat, dash) would make ffmpeg open other files; text files would be "video" to its tty demuxer.
+# Containers only: a playlist (hls, concat, dash) makes ffmpeg open other files; its tty reader takes text for video.
 _DEMUXERS = "mov,matroska,webm,avi,flv,mpegts,mpeg,asf,ogg,gif,mp3,wav,flac,aac"
+
+
+_KEY, _SHOWN, _CORRUPT = 1, 2, 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,8 +84,10 @@ class VideoIndex:
     """int64 [F]: the packet of each frame."""
     times_s: np.ndarray
     """float64 [F], ascending, the first is 0."""
-    time_base: Fraction
+    start_s: float
+    """The first frame's presentation in the file's own clock."""
     duration_s: float
+    """To the end of the last frame's presentation."""
     truncated: str | None
     """Why the file ends before its header says so; None: it does not."""
 
@@ -124,35 +129,43 @@ def open_media(path: str) -> InputContainer:
         raise MediaError(f"{path}: is empty (0 bytes); download or copy it again")
     try:
         # The prefix keeps ffmpeg from taking a colon in the name for a protocol.
-        return av.open(
-            f"file:{path}",
-            options={"protocol_whitelist": "file", "format_whitelist": _DEMUXERS, "fflags": "+genpts"},
-        )
-    except av.FFmpegError as error:
+        return av.open(f"file:{path}", options={"protocol_whitelist": "file", "format_whitelist": _DEMUXERS})
+    except FFmpegError as error:
         if head[4:8] == b"ftyp":
             raise MediaError(
-                f"{path}: is truncated or still being written: an mp4 whose index (moov) is missing or damaged; download or copy it again"
+                f"{path}: is truncated or still being written: an mp4 without a readable index (moov); "
+                f"download or copy it again"
             ) from None
         raise MediaError(
-            f"{path}: is not a video file that can be read ({error.strerror}); use mp4, mov, mkv, webm, avi, flv or mpeg"
+            f"{path}: is not a video file that can be read ({error.strerror}); "
+            f"use mp4, mov, mkv, webm, avi, flv or mpeg"
         ) from None
 
 
+def find_video(container: InputContainer) -> VideoStream | None:
+    """The main video stream, if there is one; cover art does not count."""
+    stream = container.streams.best("video")
+    return stream if isinstance(stream, VideoStream) and not stream.disposition & Disposition.attached_pic else None
+
+
 def video_stream(container: InputContainer, path: str) -> VideoStream:
-    """Picks the main video stream; cover art does not count. The other streams are discarded unread.
+    """Picks the main video stream; the others are passed over unread.
 
     Raises:
         MediaError: There is none, or it cannot be decoded, or its pictures are too large.
     """
-    stream = container.streams.best("video")
-    if not isinstance(stream, VideoStream) or stream.disposition & Disposition.attached_pic:
+    stream = find_video(container)
+    if stream is None:
         kinds = sorted({other.type for other in container.streams} - {"video"})
-        raise MediaError(f"{path}: has no video stream (only {', '.join(kinds) or 'nothing'}); give a video file")
+        raise MediaError(f"{path}: has no video stream (only {', '.join(kinds) or 'a still'}); give a video file")
     if stream.codec_context is None:
         raise MediaError(f"{path}: its video codec is not supported; convert it to h264")
+    if container.format.name == "avi" and stream.codec_context.name in ("h264", "hevc") and stream.has_b_frames:
+        raise MediaError(f"{path}: an avi does not tell when reordered (B-)frames are shown; convert it to mp4")
     if stream.width * stream.height > MAX_PIXELS:
         raise MediaError(
-            f"{path}: pictures of {stream.width} x {stream.height} are above {MAX_PIXELS} pixels; scale the video down first"
+            f"{path}: pictures of {stream.width} x {stream.height} are above the limit of {MAX_PIXELS} pixels; "
+            f"scale the video down"
         )
     for other in container.streams:
         if other.index != stream.index:
@@ -171,7 +184,7 @@ def orientation(frame: VideoFrame, path: str) -> Orientation:
     Raises:
         MediaError: It asks for anything but quarter turns and mirror images.
     """
-    side_data = frame.side_data.get(SideDataType.DISPLAYMATRIX)  # pyright: ignore[reportAttributeAccessIssue]
+    side_data = frame.side_data.get("DISPLAYMATRIX")
     if side_data is None:
         return Orientation()
     # Rows of the matrix: x' = a x + c y + ..., y' = b x + d y + ... with a, b, _, c, d at the front.
@@ -179,7 +192,7 @@ def orientation(frame: VideoFrame, path: str) -> Orientation:
     large, small = max(abs(a), abs(b)), min(abs(a), abs(b))
     if small > 0.02 * large:
         raise MediaError(
-            f"{path}: is rotated by {frame.rotation} degrees; only quarter turns are supported: re-encode it"
+            f"{path}: is rotated by {frame.rotation} degrees, only quarter turns are supported; re-encode it"
         )
     if abs(b) > abs(a):
         return Orientation(transpose=True, flip_rows=b < 0, flip_columns=c < 0)
@@ -192,46 +205,45 @@ def index_video(path: str) -> VideoIndex:
     Raises:
         MediaError: The file cannot be used at all. One that merely ends early is indexed as far as it goes.
     """
+    pts, durations, flags = array("q"), array("q"), array("B")
     with open_media(path) as container:
         stream = video_stream(container, path)
-        truncated = _cut_index_entry(container)
-        pts, durations, flags = array("q"), array("q"), array("B")
-        without_time = 0
+        truncated, last_dts = None, -(2**63)
+        may_hide = stream.codec_context.name == "vp8"
         try:
             for packet in packets(container, stream):
-                without_time += packet.pts is None
-                pts.append(packet.pts or 0)
+                if packet.pts is None or (packet.dts is not None and packet.dts < last_dts):
+                    raise MediaError(
+                        f"{path}: the time of video packet {len(pts)} is missing or goes backwards; "
+                        f"convert the file to mp4"
+                    )
+                last_dts = last_dts if packet.dts is None else packet.dts
+                pts.append(packet.pts)
                 durations.append(packet.duration or 0)
-                shown = not (packet.is_discard or packet.is_corrupt or _is_hidden(stream, packet))
-                flags.append(packet.is_keyframe | shown << 1 | packet.is_corrupt << 2)
-        except av.FFmpegError as error:
-            truncated = truncated or f"cannot be read past packet {len(pts)} ({error.strerror})"
-        time_base, average_rate = stream.time_base, stream.average_rate
-        header_s = (container.duration or 0) / av.time_base
-    if without_time:
-        raise MediaError(
-            f"{path}: {without_time} of {len(pts)} video packets have no presentation time; rewrite it as mp4 or mkv"
-        )
-    all_pts, all_flags = np.array(pts, np.int64), np.array(flags, np.uint8)
-    shown = np.flatnonzero(all_flags & 2)
-    if not len(shown) or time_base is None:
-        raise MediaError(f"{path}: holds no video frames; download or copy it again")
-    if all_flags[-1] & 4:
-        truncated = truncated or "ends inside a frame"
-    order = shown[np.argsort(all_pts[shown], kind="stable")]
-    ticks = all_pts[order]
-    last_ticks = durations[order[-1]] or (1 / (average_rate * time_base) if average_rate else 0)
-    end_s = float((ticks[-1] + last_ticks) * time_base)
-    if truncated is None and header_s > end_s + TOLERANCE_S and header_s > (all_end_s := _end_s(path)) + TOLERANCE_S:
-        truncated = f"ends at {all_end_s:.3f} s, its header promises {header_s:.3f} s"
+                shown = not (packet.is_discard or packet.is_corrupt or (may_hide and _is_hidden(packet)))
+                flags.append(_KEY * packet.is_keyframe | _SHOWN * shown | _CORRUPT * packet.is_corrupt)
+        except FFmpegError as error:
+            truncated = f"it cannot be read past video packet {len(pts)} ({error.strerror})"
+        all_pts, all_flags = np.array(pts, np.int64), np.array(flags, np.uint8)
+        shown = np.flatnonzero(all_flags & _SHOWN)
+        time_base = stream.time_base
+        if not len(shown) or time_base is None:
+            raise MediaError(f"{path}: holds no video frames; download or copy it again")
+        order = shown[np.argsort(all_pts[shown], kind="stable")]
+        ticks = all_pts[order]
+        frame_ticks = 1 / (stream.average_rate * time_base) if stream.average_rate else 0
+        end = ticks[-1] + (durations[order[-1]] or float(frame_ticks))
+        if all_flags[-1] & _CORRUPT:
+            truncated = truncated or "it ends inside a frame"
+        truncated = truncated or _shortfall(container, path, float(end * time_base))
     return VideoIndex(
         path=path,
         pts=all_pts,
-        is_key=(all_flags & 1).astype(bool),
+        is_key=(all_flags & _KEY).astype(bool),
         order=order,
         times_s=(ticks - ticks[0]) * float(time_base),
-        time_base=time_base,
-        duration_s=float((ticks[-1] - ticks[0] + last_ticks) * time_base),
+        start_s=float(ticks[0] * time_base),
+        duration_s=float((end - ticks[0]) * time_base),
         truncated=truncated,
     )
 
@@ -245,7 +257,7 @@ def check_whole(index: VideoIndex) -> None:
     if index.truncated:
         raise MediaError(
             f"{index.path}: is truncated: {index.truncated}; download or copy it again, "
-            f"or ask for a span that ends before {index.duration_s:.3f} s"
+            f"or use a span that ends by {index.duration_s:.3f} s"
         )
 
 
@@ -261,76 +273,85 @@ def probe(path: str) -> VideoInfo:
         stream = video_stream(container, path)
         try:
             frame = next(container.decode(stream))
-        except (av.FFmpegError, StopIteration):
+        except (FFmpegError, StopIteration):
             raise MediaError(f"{path}: its first frame cannot be decoded; download or copy it again") from None
         turn = orientation(frame, path)
         width, height = (frame.height, frame.width) if turn.transpose else (frame.width, frame.height)
         codec, container_name = stream.codec_context.name, container.format.name
-    first_s = float(index.pts[index.order[0]] * index.time_base)
     num_frames, gaps = len(index.times_s), np.diff(index.times_s)
     # Containers round times (mkv to 1 ms), which is not a variable rate.
     tolerance = max(0.05 * np.median(gaps), 0.0011) if len(gaps) else 0
-    keyframes = index.order[index.is_key[index.order]]
     return VideoInfo(
         path=path,
         container=container_name,
         duration_s=index.duration_s,
-        start_s=first_s,
+        start_s=index.start_s,
         width=width,
         height=height,
         rotation_deg=-frame.rotation % 360,
         codec=codec,
         average_fps=float(len(gaps) / index.times_s[-1]) if len(gaps) else 1 / (index.duration_s or 1),
         num_frames=num_frames,
-        keyframes_s=tuple(float(pts * index.time_base) - first_s for pts in index.pts[keyframes]),
-        audio=_audio_info(path, first_s),
+        keyframes_s=tuple(index.times_s[index.is_key[index.order]].tolist()),
+        audio=audio_info(path, index.start_s),
         size_bytes=os.path.getsize(path),
         variable_frame_rate=bool(len(gaps) and np.abs(gaps - np.median(gaps)).max() > tolerance),
     )
 
 
-def _audio_info(path: str, zero_s: float) -> AudioInfo | None:
+def audio_info(path: str, zero_s: float) -> AudioInfo | None:
+    """Describes the main audio track by its packets; its start_s counts from zero_s of the file's own clock.
+
+    Returns:
+        None if there is no track, or an empty one, or none that can be decoded.
+    """
     with open_media(path) as container:
         stream = container.streams.best("audio")
-        if stream is None:
+        if not isinstance(stream, AudioStream) or stream.time_base is None or stream.codec_context is None:
             return None
         spans = [
-            (packet.pts * packet.time_base, (packet.pts + (packet.duration or 0)) * packet.time_base)
+            (packet.pts, packet.pts + (packet.duration or 0))
             for packet in container.demux(stream)
             if packet.pts is not None and not packet.is_discard
         ]
+        if not spans:
+            return None
         start, end = min(span[0] for span in spans), max(span[1] for span in spans)
         return AudioInfo(
             codec=stream.codec_context.name,
             rate=stream.codec_context.sample_rate,
             channels=stream.codec_context.channels,
-            start_s=float(start) - zero_s,
-            duration_s=float(end - start),
+            start_s=float(start * stream.time_base) - zero_s,
+            duration_s=float((end - start) * stream.time_base),
         )
 
 
-def _is_hidden(stream: VideoStream, packet: av.Packet) -> bool:
-    """VP8 packs pictures that are only referred to, never shown, as packets of their own (bit 4 of the frame tag)."""
-    return stream.codec_context.name == "vp8" and not bytes(memoryview(packet)[:1])[0] & 0x10
+def _is_hidden(packet: av.Packet) -> bool:
+    """VP8 sends pictures that are only referred to as packets of their own: bit 4 of the first byte is "shown"."""
+    return not bytes(memoryview(packet)[:1])[0] & 0x10
 
 
-def _cut_index_entry(container: InputContainer) -> str | None:
-    """An mp4 lists where each sample lies; one that lies past the end of the file was cut off."""
+def _shortfall(container: InputContainer, path: str, end_s: float) -> str | None:
+    """Says how a file whose video ends at end_s (in its own clock) falls short of its header; None: it does not."""
     for stream in container.streams:
+        # An mp4 lists where each sample lies; one that lies past the end of the file was cut off.
         entries = stream.index_entries
-        if len(entries) and (end := entries[-1].pos + entries[-1].size) > container.size:
-            return f"has {container.size} bytes, its index promises at least {end}"
+        if len(entries) and (promised := entries[-1].pos + entries[-1].size) > container.size:
+            return f"it has {container.size} bytes, its index promises at least {promised}"
+    header_s = (container.duration or 0) / av.time_base
+    if header_s > end_s + TOLERANCE_S and header_s > (last_s := _end_s(path)) + TOLERANCE_S:
+        return f"it ends at {last_s:.3f} s, its header promises {header_s:.3f} s"
     return None
 
 
 def _end_s(path: str) -> float:
     """Where the last packet of any stream ends, in the file's own clock."""
-    end = 0.0
+    end_s = 0.0
     with open_media(path) as container:
         try:
             for packet in container.demux():
                 if packet.pts is not None:
-                    end = max(end, float((packet.pts + (packet.duration or 0)) * packet.time_base))
-        except av.FFmpegError:
-            return end
-    return end
+                    end_s = max(end_s, float((packet.pts + (packet.duration or 0)) * packet.time_base))
+        except FFmpegError:
+            return end_s
+    return end_s

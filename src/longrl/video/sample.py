@@ -10,7 +10,7 @@ MAX_FRAMES = 8192
 """Most frames that one clip may be sampled at."""
 
 _EPSILON = 1e-6
-"""Float noise, in samples and in seconds: a sample this close to the end is at the end, two distances this close are equal."""
+"""Float noise: a sample this close to the end is at the end; distances (in seconds) this close are equal."""
 
 
 def sample_times(
