@@ -62,16 +62,21 @@ def summary(seconds: float, rl_steps: int) -> dict:
         },
         "peak_rss_bytes": 1_910_000_000,
         "logprob_diff_max": 3.1e-6,
-        "controls": {"no_video": 0.291, "shuffled_order": 0.402, "sft_careful": 0.715},
+        "controls": {
+            "rl_without_video": 0.291,
+            "rl_order": 0.889,
+            "rl_order_frames_shuffled": 0.402,
+            "sft_forced_careful": 0.715,
+        },
         "seed": 0,
     }
 
 
 def evaluation(stage: str, accuracy: float, questions: list, run_dir: Path, chance: random.Random) -> dict:
-    def part(names: list[str]) -> dict:
+    def part(**counts: int) -> dict:
         return {
-            name: {"accuracy": min(max(accuracy + chance.uniform(-0.05, 0.05), 0), 1), "num_questions": 60 + 7 * i}
-            for i, name in enumerate(names)
+            name: {"accuracy": min(max(accuracy + chance.uniform(-0.05, 0.05), 0), 1), "num_questions": num}
+            for name, num in counts.items()
         }
 
     return {
@@ -80,8 +85,8 @@ def evaluation(stage: str, accuracy: float, questions: list, run_dir: Path, chan
         "num_questions": 240,
         "samples_per_question": 4,
         "mean_response_tokens": 30.0 if stage == "rl" else 17.5,
-        "by_category": part(["order", "spatial", "counting", "plot"]),
-        "by_kind": part(["choice", "open"]),
+        "by_category": part(order=60, spatial=60, counting=60, plot=60),
+        "by_kind": part(choice=200, open=40),
         "examples": [
             {
                 "id": id_,
@@ -199,8 +204,9 @@ def test_numbers_stand_beside_their_bounds(page):
     text = re.sub(r"<[^>]+>", " ", page)
     text = re.sub(r"\s+", " ", text)
     for expected in (
-        "86.0% &plusmn; 2.2",  # sqrt(0.86 * 0.14 / 240)
-        "61.0% &plusmn; 3.1",
+        "86.0% &plusmn; 2.5",  # sqrt(0.86 * 0.14 / 200)
+        "61.0% &plusmn; 3.4",
+        "order questions 0.402 at most 0.689 = 0.889 &minus; 0.2 holds",
         "Gain of RL over SFT 0.250 at least 0.150 holds",
         "without the video 0.291 at most 0.350 holds",
         "log-prob difference, engine to trainer 3.1e-06 at most 1.0e-05 holds",
@@ -214,7 +220,7 @@ def test_numbers_stand_beside_their_bounds(page):
 
 def test_a_bound_that_does_not_hold_is_said(run_dir, tmp_path):
     content = json.loads((run_dir / "summary.json").read_text())
-    content["controls"]["no_video"] = 0.5
+    content["controls"]["rl_without_video"] = 0.5
     write_json(tmp_path / "summary.json", content)
     text = re.sub(r"<[^>]+>", " ", write_report(tmp_path).read_text())
     assert re.search(r"without the video\s+0\.500\s+at most 0\.350\s+does not hold", text)
@@ -278,6 +284,13 @@ def test_a_missing_video_is_named_and_the_rest_stands(tmp_path, run_dir):
     assert "No frames:" in page
     assert "test-000.mp4" in page
     assert page.count('class="thought"') > 4
+
+
+def test_a_question_without_a_video(tmp_path, run_dir):
+    content = json.loads((run_dir / "eval" / "rl.json").read_text())
+    content["examples"] = [content["examples"][0] | {"video": None}]
+    write_json(tmp_path / "eval" / "rl.json", content)
+    assert "A question without a video." in write_report(tmp_path).read_text()
 
 
 def test_the_same_run_gives_the_same_bytes(run_dir, page):

@@ -19,7 +19,8 @@ def headline_html(run: RunFiles) -> str:
         return title + run.missing("summary.json")
     lead = (
         '<p class="lead">Questions about real video files, answered before and after supervised fine-tuning on '
-        "chains of thought (SFT) and after reinforcement learning (RL). Test videos were never trained on.</p>"
+        "chains of thought (SFT) and after reinforcement learning (RL). Test videos were never trained on. Accuracies "
+        "here are of four-option questions, where a guess scores 25%; &plusmn; is one standard error.</p>"
     )
     return f"{title}{lead}{_stage_cards(run)}{_checks(run)}{_facts(summary)}"
 
@@ -53,7 +54,7 @@ def _stage_cards(run: RunFiles) -> str:
     cards = []
     for stage, label in STAGES.items():
         accuracy = run.summary.get(f"accuracy_{stage}")
-        num = run.evals.get(stage, {}).get("num_questions")
+        num = run.evals.get(stage, {}).get("by_kind", {}).get("choice", {}).get("num_questions")
         error = (
             f"<small>&plusmn; {100 * standard_error(accuracy, num):.1f}</small>" if accuracy is not None and num else ""
         )
@@ -68,24 +69,19 @@ def _checks(run: RunFiles) -> str:
     summary = run.summary
     sft, rl = summary.get("accuracy_sft"), summary.get("accuracy_rl")
     controls = dict(summary.get("controls") or {})
-    order = run.evals.get("rl", {}).get("by_category", {}).get("order", {}).get("accuracy")
-    choice = run.evals.get("rl", {}).get("by_kind", {}).get("choice", {}).get("accuracy")
+    order = controls.pop("rl_order", None)
     peak = summary.get("peak_rss_bytes")
     checks = [
-        _Check(
-            "Accuracy after RL" if choice is None else "Accuracy after RL, four options",
-            rl if choice is None else choice,
-            0.80,
-        ),
+        _Check("Accuracy after RL", rl, at_least=0.80),
         _Check("Gain of RL over SFT", None if sft is None or rl is None else rl - sft, 0.15),
-        _Check("Control: without the video", controls.pop("no_video", None), at_most=0.35),
+        _Check("Control: without the video", controls.pop("rl_without_video", None), at_most=0.35),
         _Check(
             "Control: frames shuffled in time, order questions",
-            controls.pop("shuffled_order", None),
+            controls.pop("rl_order_frames_shuffled", None),
             at_most=None if order is None else order - 0.2,
             why="" if order is None else f" = {order:.3f} &minus; 0.2",
         ),
-        _Check("Control: SFT model, careful format forced", controls.pop("sft_careful", None)),
+        _Check("Control: SFT model, careful format forced", controls.pop("sft_forced_careful", None)),
         *(_Check(f"Control: {name.replace('_', ' ')}", value) for name, value in controls.items()),
         _Check(
             "Largest log-prob difference, engine to trainer", summary.get("logprob_diff_max"), at_most=1e-5, style=".1e"

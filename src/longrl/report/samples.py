@@ -120,8 +120,10 @@ def _response(response: Mapping[str, Any]) -> str:
     return f'<div class="response">{said}<div class="verdict">{verdict}<span class="small">{reward}</span></div></div>'
 
 
-def _strip(run_dir: Path, video: str) -> str:
+def _strip(run_dir: Path, video: str | None) -> str:
     """Frames spread over the whole video, with their times; a line of text if the video cannot be read."""
+    if video is None:
+        return '<p class="missing">A question without a video.</p>'
     path = Path(video) if Path(video).exists() else run_dir / video
     try:
         frames = "".join(
