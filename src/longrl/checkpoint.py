@@ -190,7 +190,7 @@ def unpack_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor
                 f"optimizer state {name} of parameter {index} has shape {list(value.shape)}, the model has {expected}; "
                 "the checkpoint is of another model"
             )
-        # A clone, as the optimizer writes to it in place and the file may be mapped.
+        # A clone, as the optimizer writes to it in place and the caller may go on using the tensors.
         state.setdefault(index, {})[name] = value.clone()
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import logging
 import multiprocessing
 import os
@@ -21,12 +22,12 @@ import numpy as np
 import pytest
 import torch
 
-from longrl.config import DataConfig
+from longrl.config import CacheConfig, DataConfig, ModelConfig, RunConfig
 from longrl.data.examples import Skips
 from longrl.types import Clip, MediaEmbeds, MediaError
 from longrl.video import cache as cache_module
 from longrl.video.cache import EmbedCache, cache_key, file_digest
-from longrl.video.cache_commands import cache_info, cache_verify, fill
+from longrl.video.cache_commands import cache_build, cache_info, cache_verify, fill
 from longrl.video.encode import embed
 
 KEY = "3f" + "0" * 62
@@ -333,12 +334,35 @@ def test_fill_embeds_each_clip_once_and_names_what_it_skips(tmp_path, video, cap
     cache, family = EmbedCache(tmp_path / "cache"), MeanColour()
     good, bad = Clip(path=str(video), fps=2), Clip(path=str(tmp_path / "none.mp4"), fps=2)
     skips = Skips(DataConfig(on_error="skip"))
-    fill([good, bad, good], family, cache, skips)
+    assert fill([good, bad, good], family, cache, skips) == 1
     assert family.num_encoded == 1
     assert list(skips.names) == [bad.path]
     assert bad.path in caplog.text
     with pytest.raises(MediaError, match=r"none\.mp4"):
         fill([good, bad], family, cache, Skips(DataConfig()))
+
+
+def test_build_encodes_what_is_not_there_yet(tmp_path, video, capsys):
+    (tmp_path / "text.mp4").write_text("not a video")
+    rows = [
+        {"id": str(number), "video": name, "question": "q", "answer": "a", "num_frames": 4}
+        for number, name in enumerate([video.name, video.name, "text.mp4"])
+    ]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    config = RunConfig(
+        run_dir=str(tmp_path / "run"),
+        model=ModelConfig(path="tiny:qwen2_5_vl"),
+        data=DataConfig(train=str(tmp_path / "rows.jsonl"), on_error="skip"),
+        cache=CacheConfig(dir=str(tmp_path / "cache")),
+    )
+    for printed in (
+        "1 clips encoded, 0 were there already, 1 skipped",
+        "0 clips encoded, 1 were there already, 1 skipped",
+    ):
+        cache_build(config)
+        assert printed in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"set data\.train or data\.eval"):
+        cache_build(config.model_copy(update={"data": DataConfig()}))
 
 
 # Damage

@@ -79,6 +79,7 @@ def test_tensors_and_state_come_back_exactly(tmp_path):
         "flags": torch.tensor([True, False]),
         "bytes": torch.arange(256, dtype=torch.uint8),
         "empty": torch.zeros(0, 3),
+        "matrix": shared,
         "rows": shared[1:3],
         "transposed": shared.T,
     }
@@ -135,6 +136,16 @@ def test_resuming_does_not_write_into_the_checkpoint(tmp_path):
     assert checkpoints.latest() == checkpoint
 
 
+def test_unpacked_state_shares_no_memory_with_the_packed():
+    model, copy = make_model(), make_model()
+    optimizer, other = make_optimizer(model), make_optimizer(copy)
+    train(model, optimizer, range(1))
+    unpack_optimizer(other, pack_optimizer(optimizer))
+    before = [value.clone() for value in pack_optimizer(other).values()]
+    train(model, optimizer, range(1, 3))
+    assert all(torch.equal(a, b) for a, b in zip(before, pack_optimizer(other).values(), strict=True))
+
+
 def test_optimizer_state_of_another_model_is_refused():
     model = make_model()
     optimizer = make_optimizer(model)
@@ -160,6 +171,10 @@ def test_state_that_json_would_change_is_a_bug_of_the_caller(tmp_path):
 # Which ones there are
 
 
+def _truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
 def test_no_checkpoint(tmp_path):
     assert Checkpoints(tmp_path / "none", keep=1).latest() is None
 
@@ -177,11 +192,12 @@ def test_the_newest_are_kept(tmp_path):
         checkpoints.at(5)
 
 
-def test_damaged_ones_do_not_count_as_kept(tmp_path):
+@pytest.mark.parametrize("damage", [Path.unlink, _truncate])
+def test_damaged_ones_do_not_count_as_kept(tmp_path, damage):
     checkpoints = Checkpoints(tmp_path, keep=2)
     for step in (1, 2):
         save(checkpoints, step)
-    (tmp_path / "step_000002" / "COMPLETE.json").unlink()
+    damage(tmp_path / "step_000002" / "trainer.safetensors")
     save(checkpoints, 3)
     assert names(tmp_path) == ["step_000001", "step_000002", "step_000003"]
     save(checkpoints, 4)
@@ -195,7 +211,7 @@ def test_the_one_just_written_is_never_removed(tmp_path):
 
 
 def test_a_step_may_be_saved_again(tmp_path):
-    checkpoints = Checkpoints(tmp_path, keep=1)
+    checkpoints = Checkpoints(tmp_path, keep=3)
     for attempt in (1, 2):
         save(checkpoints, 7, attempt=attempt)
     assert checkpoints.at(7).state["attempt"] == 2
@@ -208,18 +224,15 @@ def test_a_step_may_be_saved_again(tmp_path):
 def test_a_crash_while_a_step_is_replaced_loses_neither(tmp_path):
     checkpoints = Checkpoints(tmp_path, keep=1)
     final = save(checkpoints, 7, attempt=1)
-    final.rename(tmp_path / "step_000007.replaced")  # as far as the crashed save got
+    replaced = final.rename(tmp_path / "step_000007.replaced")  # as far as one crashed save got
     assert checkpoints.at(7).state["attempt"] == 1
+    shutil.copytree(replaced, final)  # as far as another one got
     save(checkpoints, 7, attempt=2)
     assert checkpoints.at(7).state["attempt"] == 2
     assert names(tmp_path) == ["step_000007"]
 
 
 # Damage
-
-
-def _truncate(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-1])
 
 
 def _flip(path: Path) -> None:
@@ -368,6 +381,9 @@ def test_export_loads_in_transformers(tmp_path):
     export_command(tmp_path, None, tmp_path / "out")
     tokens = torch.arange(10)[None]
     assert torch.equal(LlamaForCausalLM.from_pretrained(tmp_path / "out")(tokens).logits, model.eval()(tokens).logits)
+    (tmp_path / "plain").touch()
+    modes = {path.stat().st_mode for path in (tmp_path / "out").iterdir()}
+    assert modes == {(tmp_path / "plain").stat().st_mode}  # the weights are as readable as any new file
 
 
 def test_export_refuses(tmp_path):

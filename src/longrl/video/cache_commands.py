@@ -30,18 +30,28 @@ def cache_build(config: RunConfig) -> None:
     skips = Skips(config.data)
     examples = [example for path in paths for example in load_examples(path, config.data, config.video, skips)]
     cache = EmbedCache(config.cache.dir, int(config.cache.max_gib * 2**30))
-    fill((clip for example in examples for clip in example.clips), load_family(config.model), cache, skips)
-    typer.echo(f"{cache.misses} clips encoded, {cache.hits} were there already, {len(skips.names)} skipped")
+    clips = (clip for example in examples for clip in example.clips)
+    num_embedded = fill(clips, load_family(config.model), cache, skips)
+    typer.echo(
+        f"{num_embedded - cache.hits} clips encoded, {cache.hits} were there already, {len(skips.names)} skipped"
+    )
     cache_info(config.cache.dir)
 
 
-def fill(clips: Iterable[Clip], family: Encoder, cache: EmbedCache, skips: Skips) -> None:
-    """Embeds each distinct clip once, with a progress bar; unusable ones are recorded as skips, by path."""
+def fill(clips: Iterable[Clip], family: Encoder, cache: EmbedCache, skips: Skips) -> int:
+    """Embeds each distinct clip once, with a progress bar; unusable ones are recorded as skips, by path.
+
+    Returns:
+        How many clips are in the cache now.
+    """
+    num_embedded = 0
     for clip in track(list(dict.fromkeys(clips)), "embedding videos", console=Console(stderr=True), transient=True):
         try:
             embed(clip, family, cache)
+            num_embedded += 1
         except MediaError as error:
             skips.record(clip.path, error)
+    return num_embedded
 
 
 def cache_verify(dir: str | Path) -> None:
