@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 MAX_CLIP_PIXELS = 2**36
 """Most pixels a clip may decode to in all: 8,192 frames of 8 megapixels."""
 
-_MIN_GAP = 16
+_MIN_GAP = 8
 """Packets: passing over fewer than these costs more (the decoder is drained and restarted) than decoding them."""
 
 _THREADED_PIXELS = 640 * 360
@@ -254,8 +254,9 @@ def _run(
     index: VideoIndex, source: Iterator[av.Packet], stream: VideoStream, feed: list[bool], exact: list[bool]
 ) -> Iterator[VideoFrame]:
     decoder = stream.codec_context
-    if stream.width * stream.height > _THREADED_PIXELS:
-        decoder.thread_type = ThreadType.AUTO
+    # Never threads by slice, PyAV's default: with them ffmpeg forgets to mark damaged pictures.
+    threaded = stream.width * stream.height > _THREADED_PIXELS
+    decoder.thread_type = ThreadType.FRAME if threaded else ThreadType.NONE
     # Only h264 says in each packet, without doubt, that no other picture refers to it.
     can_skip = decoder.name == "h264"
     dirty = False

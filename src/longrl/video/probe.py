@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import stat
+import struct
 from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -130,15 +131,14 @@ def open_media(path: str) -> InputContainer:
     try:
         # The prefix keeps ffmpeg from taking a colon in the name for a protocol.
         return av.open(f"file:{path}", options={"protocol_whitelist": "file", "format_whitelist": _DEMUXERS})
-    except FFmpegError as error:
+    except FFmpegError:
         if head[4:8] == b"ftyp":
             raise MediaError(
                 f"{path}: is truncated or still being written: an mp4 without a readable index (moov); "
                 f"download or copy it again"
             ) from None
         raise MediaError(
-            f"{path}: is not a video file that can be read ({error.strerror}); "
-            f"use mp4, mov, mkv, webm, avi, flv or mpeg"
+            f"{path}: is not a video file, or damaged from the start; use mp4, mov, mkv, webm, avi, flv or mpeg"
         ) from None
 
 
@@ -333,15 +333,45 @@ def _is_hidden(packet: av.Packet) -> bool:
 
 def _shortfall(container: InputContainer, path: str, end_s: float) -> str | None:
     """Says how a file whose video ends at end_s (in its own clock) falls short of its header; None: it does not."""
-    for stream in container.streams:
-        # An mp4 lists where each sample lies; one that lies past the end of the file was cut off.
-        entries = stream.index_entries
-        if len(entries) and (promised := entries[-1].pos + entries[-1].size) > container.size:
-            return f"it has {container.size} bytes, its index promises at least {promised}"
+    # An mp4 lists where each sample lies; one that lies past the end of the file was cut off.
+    last_entries = [stream.index_entries[-1] for stream in container.streams if len(stream.index_entries)]
+    promised = max([_promised_bytes(path), *(entry.pos + entry.size for entry in last_entries)])
+    if promised > container.size:
+        return f"it has {container.size} bytes and promises at least {promised}"
     header_s = (container.duration or 0) / av.time_base
     if header_s > end_s + TOLERANCE_S and header_s > (last_s := _end_s(path)) + TOLERANCE_S:
         return f"it ends at {last_s:.3f} s, its header promises {header_s:.3f} s"
     return None
+
+
+def _promised_bytes(path: str) -> int:
+    """Where the index of an mp4 ends, or a Matroska file as a whole, by their own account; 0: they do not say."""
+    with open(path, "rb") as file:
+        head = file.read(256)
+        if head.startswith(b"\x1a\x45\xdf\xa3"):
+            length, at = _matroska_size(head, 4)
+            segment = at + length
+            if head[segment : segment + 4] != b"\x18\x53\x80\x67":
+                return 0
+            length, at = _matroska_size(head, segment + 4)
+            return at + length
+        at = 0
+        while len(head) >= 16:
+            size, kind = struct.unpack(">I4s", head[:8])
+            size = int.from_bytes(head[8:16]) if size == 1 else size
+            if kind == b"moov" or size < 8:
+                return at + size if kind == b"moov" else 0
+            at += size
+            file.seek(at)
+            head = file.read(16)
+    return 0
+
+
+def _matroska_size(data: bytes, at: int) -> tuple[int, int]:
+    """Reads a size, whose leading zeros tell its number of bytes: (size, 0 if unknown; where it ends)."""
+    num_bytes = 9 - data[at].bit_length()
+    value = int.from_bytes(data[at : at + num_bytes]) & (2 ** (7 * num_bytes) - 1)
+    return (0 if value == 2 ** (7 * num_bytes) - 1 else value), at + num_bytes
 
 
 def _end_s(path: str) -> float:
