@@ -1,4 +1,7 @@
-"""The command line: one line per command. What a command does is imported when it runs, so that help comes at once."""
+"""The command line: one line per command.
+
+What a command does is imported once its configuration is known to be good: help and mistakes are answered at once.
+"""
 
 from __future__ import annotations
 
@@ -40,41 +43,46 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 @app.command()
 def quickstart(config: Config) -> None:
     """Make long videos, train on them, evaluate, report."""
+    loaded = load_arguments(config, "quickstart")
     from longrl.quickstart import run_quickstart
 
-    run_quickstart(load_arguments(config, "quickstart"))
+    run_quickstart(loaded)
 
 
 @app.command()
 def sft(config: Config) -> None:
     """Supervised fine-tuning on demonstrated reasoning."""
+    loaded = load_arguments(config, "sft")
     from longrl.train_sft import train_sft
 
-    train_sft(load_arguments(config, "sft"))
+    train_sft(loaded)
 
 
 @app.command()
 def rl(config: Config) -> None:
     """Reinforcement learning."""
+    loaded = load_arguments(config, "rl")
     from longrl.train_rl import train_rl
 
-    train_rl(load_arguments(config, "rl"))
+    train_rl(loaded)
 
 
 @app.command("eval")
 def evaluate(config: Config) -> None:
     """Accuracy of a model on held-out questions."""
+    loaded = load_arguments(config, "eval")
     from longrl.evals.runner import run_eval
 
-    run_eval(load_arguments(config, "eval"))
+    run_eval(loaded)
 
 
 @app.command()
 def check(config: Config) -> None:
     """Validate a configuration without running it."""
+    loaded = load_arguments(config)
     from longrl.check import check_command
 
-    check_command(load_arguments(config))
+    check_command(loaded)
 
 
 @app.command()
@@ -113,9 +121,10 @@ def export(
 @cache_app.command("build")
 def cache_build(config: Config) -> None:
     """Embed every video that a configuration names."""
+    loaded = load_arguments(config, "sft", "rl", "eval")
     from longrl.video.cache_commands import cache_build as build
 
-    build(load_arguments(config, "sft", "rl", "eval"))
+    build(loaded)
 
 
 @cache_app.command("verify")

@@ -32,13 +32,6 @@ Origins = dict[tuple[str, ...], str]
 class _Loader(yaml.SafeLoader):
     yaml_implicit_resolvers: typing.ClassVar[dict] = {}
 
-    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.MarkedYAMLError(
-                problem="aliases (*name) are not supported", problem_mark=self.peek_event().start_mark
-            )
-        return super().compose_node(parent, index)
-
 
 class _Dumper(yaml.SafeDumper):
     """Quotes a text that looks like another type under either version of YAML."""
@@ -117,7 +110,7 @@ def save_config(config: BaseModel, path: Path) -> None:
     Raises:
         OSError: the file cannot be written; carries the path.
     """
-    text = yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+    text = yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False)
     temporary = None
     try:
         with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, suffix=".tmp", delete=False) as file:
@@ -204,6 +197,8 @@ def _parse(text: str, source: Path | str, prefix: tuple[str, ...], origins: Orig
         raise ValueError(f"{at}: malformed YAML: {error.problem or error.context}") from None
     except yaml.YAMLError as error:
         raise ValueError(f"{source}: malformed YAML: {' '.join(str(error).split())}") from None
+    except RecursionError:
+        raise ValueError(f"{source}: nested too deeply; an anchor (&name) may not hold its own alias (*name)") from None
 
 
 def _at(source: Path | str, mark: yaml.Mark) -> str:

@@ -1,0 +1,162 @@
+"""The command line: how fast it answers, what it imports, and what a person sees when something fails."""
+
+from __future__ import annotations
+
+import errno
+import os
+import resource
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from longrl.errors import run_guarded
+
+HEAVY = {"torch", "transformers", "av", "matplotlib", "tensorboard", "numpy"}
+BASE = "kind: rl\nrun_dir: runs/x\nmodel: {path: 'tiny:qwen2_5_vl'}\nsteps: 10\ndata: {train: rows.jsonl}\n"
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    (tmp_path / "rows.jsonl").touch()
+    path = tmp_path / "base.yaml"
+    path.write_text(BASE)
+    return path
+
+
+@pytest.fixture
+def keep_sigterm():
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+@pytest.mark.parametrize("command", ["--help", "rl --help", "check base.yaml"])
+def test_answers_at_once_and_without_torch(command, base):
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "longrl", *command.split()],
+        cwd=base.parent,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert done.returncode == 0, done.stderr[-500:]
+    imported = {line.rpartition("|")[2].strip().partition(".")[0] for line in done.stderr.splitlines()}
+    assert "pydantic" in imported  # the list was read at all
+    assert not imported & HEAVY
+    # Processor time, not the clock: other tests may have the cores. About 0.4 s here; the limit is one second.
+    assert (after.ru_utime + after.ru_stime) - (before.ru_utime + before.ru_stime) < 1.0
+
+
+def test_check_summarises(longrl, base):
+    done = longrl("check", base, "rollout.group_size=4")
+    assert done.returncode == 0
+    assert done.stderr == ""
+    assert "rl run into runs/x" in done.stdout
+    assert "10 of 8 prompts x 4 rollouts" in done.stdout
+
+
+def test_check_names_all_that_is_missing(longrl, base):
+    done = longrl("check", base, "data.train=no.jsonl", "model.path=tiny:qwen2_5_vll", "data.eval=none.jsonl")
+    assert done.returncode == 2
+    assert done.stderr == (
+        "longrl: error: the run cannot start: model.path: no model family 'qwen2_5_vll'; did you mean 'qwen2_5_vl'?; "
+        "data.train: no.jsonl does not exist; data.eval: none.jsonl does not exist\n"
+    )
+
+
+def test_check_of_a_quickstart_expects_what_the_run_makes(longrl, tmp_path):
+    run = "{run_dir: q/%s, steps: 1, model: {path: '%s'}}"
+    (tmp_path / "q.yaml").write_text(
+        f"kind: quickstart\nrun_dir: q\nvideos: {{dir: q/videos}}\n"
+        f"sft: {run % ('sft', 'tiny:qwen2_5_vl')}\nrl: {run % ('rl', 'q/sft/model')}\n"
+    )
+    assert longrl("check", "q.yaml").returncode == 0
+    done = longrl("check", "q.yaml", "rl.model.path=elsewhere")
+    assert done.returncode == 2
+    assert "rl.model.path: elsewhere is not a Hugging Face folder" in done.stderr
+
+
+def test_a_file_for_another_command(longrl, base):
+    done = longrl("sft", base)
+    assert done.returncode == 2
+    assert done.stderr == f"longrl: error: {base}: kind: got 'rl', this command runs sft\n"
+
+
+def test_traceback_only_when_asked(longrl, base, monkeypatch):
+    line = f"longrl: error: {base.parent}/no.yaml: no such configuration file\n"
+    assert longrl("check", base.parent / "no.yaml").stderr == line
+    asked = longrl("check", base.parent / "no.yaml", "--traceback").stderr
+    assert asked.startswith("Traceback")
+    assert asked.endswith(line)
+    monkeypatch.setenv("LONGRL_TRACEBACK", "1")
+    assert longrl("check", base.parent / "no.yaml").stderr.startswith("Traceback")
+
+
+@pytest.mark.parametrize(
+    ("error", "line", "status"),
+    [
+        (ValueError("a: got 1,\nexpected 2"), "error: a: got 1, expected 2", 2),
+        (RuntimeError("no device"), "error: no device", 1),
+        (ImportError("install longrl[x]"), "error: install longrl[x]", 1),
+        (MemoryError(), "error: out of memory", 1),
+        (OSError("one line of ours"), "error: one line of ours", 1),
+        (
+            OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/a/b"),
+            "error: /a/b: No space left on device (the disk is",
+            1,
+        ),
+        (OSError(errno.EROFS, os.strerror(errno.EROFS), "/a/b"), "error: /a/b: Read-only file system (", 1),
+        (PermissionError(errno.EACCES, "Permission denied", "/a"), "error: /a: Permission denied (no permission", 1),
+        (AssertionError("odd"), "internal error: AssertionError: odd (a bug in longrl: --traceback shows where)", 70),
+        (KeyError("x"), "internal error: KeyError: 'x'", 70),
+        (NotImplementedError("y"), "internal error: NotImplementedError: y", 70),
+    ],
+)
+def test_one_line_and_a_status(error, line, status, capsys, keep_sigterm):
+    def fail() -> None:
+        raise error
+
+    assert run_guarded(fail, show_traceback=False) == status
+    shown = capsys.readouterr().err
+    assert shown.startswith(f"longrl: {line}")
+    assert shown.count("\n") == 1
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize(
+    ("number", "status", "line"),
+    [(signal.SIGINT, 130, "longrl: interrupted\n"), (signal.SIGTERM, 143, "longrl: terminated\n")],
+)
+def test_signals(number, status, line, tmp_path):
+    # Opening the other end of a pipe waits until the command reads its configuration: then it is surely running.
+    os.mkfifo(tmp_path / "pipe.yaml")
+    command = [sys.executable, "-m", "longrl", "check", "pipe.yaml"]
+    with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as process:
+        with open(tmp_path / "pipe.yaml", "w"):
+            process.send_signal(number)
+            _, shown = process.communicate(timeout=60)
+        assert (process.returncode, shown) == (status, line)
+
+
+def test_a_closed_pipe_is_quiet(base):
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "longrl", "check", str(base)]
+    done = subprocess.run(command, cwd=base.parent, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=60)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (1, "")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_under_stdout(base):
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "longrl", "check", str(base)]
+        done = subprocess.run(command, cwd=base.parent, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60)
+    assert done.returncode == 1
+    assert done.stderr.startswith("longrl: error: No space left on device (the disk is full")
+    assert done.stderr.count("\n") == 1

@@ -1,0 +1,248 @@
+"""Configuration files: what is read, what is refused and with which words, and that it can be written back."""
+
+from __future__ import annotations
+
+import runpy
+from pathlib import Path
+
+import pytest
+
+from longrl.config import RlConfig
+from longrl.config_files import KINDS, load_arguments, load_config, save_config
+
+ROOT = Path(__file__).parents[2]
+SHIPPED = sorted((ROOT / "configs").rglob("*.yaml"))
+
+BASE = """\
+kind: rl
+run_dir: runs/x
+model:
+  path: tiny:qwen2_5_vl
+steps: 10
+optim:
+  lr: 1e-6
+"""
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    return write(tmp_path / "base.yaml", BASE)
+
+
+def write(path: Path, text: str) -> Path:
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def message(paths: list[Path], *overrides: str) -> str:
+    with pytest.raises(ValueError, match=r".") as caught:
+        load_config(paths, overrides)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_files_merge_left_to_right_then_overrides(base, tmp_path):
+    second = write(tmp_path / "second.yaml", "optim: {betas: [0.5, 0.6]}\nsteps: 20\n")
+    config = load_config([base, second], ["steps=30", "optim.weight_decay=0.5"])
+    assert isinstance(config, RlConfig)
+    assert config.steps == 30
+    assert config.optim.lr == 1e-6  # the first file's, kept beside the second's
+    assert config.optim.betas == (0.5, 0.6)  # replaced, not joined
+    assert config.optim.weight_decay == 0.5
+
+
+@pytest.mark.parametrize("text", ["off", "no", "1:30", "0123", "2024-01-01"])
+def test_what_only_yaml_1_1_takes_for_another_type_is_text(text, base, tmp_path):
+    path = write(tmp_path / "text.yaml", f"data: {{system_prompt: {text}}}\n")
+    assert load_config([base, path]).data.system_prompt == text
+    assert load_config([base], [f"data.system_prompt={text}"]).data.system_prompt == text
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("1e-6", 1e-6), ("1E+2", 100), ("-1.5e-3", -0.0015), (".5", 0.5), ("7", 7)]
+)
+def test_numbers(text, value, base):
+    assert load_config([base], [f"rewards.format={text}"]).rewards["format"] == value
+
+
+@pytest.mark.parametrize("text", ["null", "~", ""])
+def test_null(text, base):
+    assert load_config([base], ["data.train=x", f"data.train={text}"]).data.train is None
+
+
+def test_kl_off_is_not_false(base):
+    assert load_config([base], ["algo.kl=off"]).algo.kl == "off"
+
+
+def test_missing_file(tmp_path):
+    assert message([tmp_path / "nope.yaml"]) == f"{tmp_path}/nope.yaml: no such configuration file"
+
+
+def test_folder_and_binary_instead_of_a_file(tmp_path):
+    assert "is a folder" in message([tmp_path])
+    (tmp_path / "video.yaml").write_bytes(b"\x00\x00\x00\x18ftypmp42\xff\xfe")
+    assert "not a text file (byte 12 is not UTF-8)" in message([tmp_path / "video.yaml"])
+    (tmp_path / "zeros.yaml").write_bytes(b"kind: rl\x00")
+    assert f"{tmp_path}/zeros.yaml: malformed YAML" in message([tmp_path / "zeros.yaml"])
+
+
+def test_malformed_yaml_names_line_and_column(tmp_path):
+    path = write(tmp_path / "bad.yaml", "kind: rl\nmodel: {path: x\nsteps: 3\n")
+    assert message([path]).startswith(f"{path}:3:6: malformed YAML: ")
+
+
+def test_top_level_must_be_a_mapping(tmp_path):
+    assert "got [1, 2], expected a mapping" in message([write(tmp_path / "list.yaml", "- 1\n- 2\n")])
+
+
+def test_duplicate_key(tmp_path):
+    path = write(tmp_path / "twice.yaml", BASE + "optim:\n  lr: 1\n")
+    assert message([path]) == f"{path}:8: duplicate key 'optim'; keep one"
+    path = write(tmp_path / "deep.yaml", BASE + "  lr: 2\n")
+    assert message([path]) == f"{path}:8: duplicate key 'optim.lr'; keep one"
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("steps: !!python/name:os.system x", "is not supported; write a plain value"),
+        ("data: &d {train: *d}", "an anchor (&name) may not hold its own alias (*name)"),
+        ("data: " + 5000 * "[", "nested too deeply"),
+        ("rewards: {1: 0.5}", 'key "1" is not text'),
+    ],
+)
+def test_yaml_beyond_plain_data_is_refused(line, words, tmp_path):
+    path = write(tmp_path / "odd.yaml", line + "\n")
+    text = message([path])
+    assert text.startswith(f"{path}:")
+    assert words in text
+
+
+def test_anchors_and_aliases(base, tmp_path):
+    path = write(tmp_path / "alias.yaml", "rollout: {temperature: &t 0.5}\neval: {temperature: *t}\n")
+    assert load_config([base, path]).eval.temperature == 0.5
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("algo: {kll: off}", "unknown key 'algo.kll'; did you mean 'algo.kl'?"),
+        ("rolout: {group_size: 4}", "unknown key 'rolout'; did you mean 'rollout'?"),
+        ("lr: 0.1", "unknown key 'lr'; did you mean 'optim.lr'?"),
+        ("cache: {zzz: 1}", "unknown key 'cache.zzz'; the keys here are dir, max_gib"),
+    ],
+)
+def test_unknown_key_names_the_nearest_and_the_line(line, words, base, tmp_path):
+    path = write(tmp_path / "more.yaml", f"# a comment\n{line}\n")
+    assert message([base, path]) == f"{path}:2: {words}"
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("steps=abc", 'steps: got "abc", expected a valid integer'),
+        ("steps=1.5", "steps: got 1.5, expected a valid integer"),
+        ("steps=true", "steps: got true, expected a valid integer"),
+        ("steps=-1", "steps: got -1, expected greater than or equal to 1"),
+        ("optim.lr=.nan", "optim.lr: got NaN, expected a finite number"),
+        ("optim=3", "optim: got 3, expected a mapping"),
+        ("run_dir=2024", "run_dir: got 2024, expected a valid string"),
+        ("run_dir.x=1", 'run_dir: got {"x": 1}, expected a valid string'),
+        ("model.dtype=half", "model.dtype: got \"half\", expected 'float32', 'bfloat16' or 'float64'"),
+        ("optim.betas=[1]", "optim.betas.1: missing; every configuration of kind rl sets it"),
+        ("video.num_frames=8", "video: set exactly one of fps and num_frames; write `fps: null` to use num_frames"),
+        ("optim.lrr=1", "unknown key 'optim.lrr'; did you mean 'optim.lr'?"),
+        (
+            "kind=qickstart",
+            "kind: got \"qickstart\", expected one of sft, rl, eval, quickstart; did you mean 'quickstart'?",
+        ),
+        ("steps={", "malformed YAML: expected the node content, but found '<stream end>'"),
+    ],
+)
+def test_bad_override(override, words, base):
+    assert message([base], override) == f"override {override!r}: {words}"
+
+
+@pytest.mark.parametrize("override", ["steps", "=3", "optim..lr=1", ".=1"])
+def test_override_without_key_or_equals(override, base):
+    assert message([base], override) == f"override {override!r}: expected key=value, for example optim.lr=1e-6"
+
+
+def test_wrong_type_in_a_file_names_the_line(tmp_path):
+    path = write(tmp_path / "typed.yaml", BASE.replace("1e-6", "fast"))
+    assert message([path]) == f'{path}:7: optim.lr: got "fast", expected a valid number'
+
+
+def test_several_errors_give_the_first_and_how_many_more(base):
+    text = message([base], "steps=x", "optim.lr=y", "nope=1")
+    assert text.endswith("(and 2 more errors)")
+
+
+def test_missing_key_and_missing_kind(tmp_path):
+    path = write(tmp_path / "short.yaml", "kind: sft\nrun_dir: x\nsteps: 1\n")
+    assert message([path]) == f"{path}: model: missing; every configuration of kind sft sets it"
+    empty = write(tmp_path / "empty.yaml", "")
+    assert message([empty]) == f"{empty}: kind: missing, expected one of {', '.join(KINDS)}"
+
+
+def test_arguments_split_at_the_equals_sign(base):
+    assert load_arguments([str(base), "steps=3"], "rl").steps == 3
+    with pytest.raises(ValueError, match="no configuration file among the arguments"):
+        load_arguments(["steps=3"])
+    with pytest.raises(ValueError, match="kind: got 'rl', this command runs sft"):
+        load_arguments([str(base)], "sft")
+
+
+NASTY = [
+    "off",
+    "1e-6",
+    "1:30",
+    "~",
+    "",
+    " x ",
+    "a: b",
+    "#",
+    "two\nlines\n",
+    "tab\there",
+    "'\"",
+    "ü × 视频",
+    "\x85\u2028",
+    "0x1f",
+]
+
+
+@pytest.mark.parametrize("text", NASTY)
+def test_saved_configuration_reads_back_equal(text, base, tmp_path):
+    config = RlConfig.model_validate(
+        {
+            "run_dir": "runs/../x y",
+            "model": {"path": text},
+            "steps": 3,
+            "data": {"system_prompt": text},
+            "rewards": {text: 0.1 + 0.2, "m.n:o": 5e-324},
+            "optim": {"lr": 1e-6, "max_grad_norm": 1.7976931348623157e308},
+        }
+    )
+    save_config(config, tmp_path / "saved.yaml")
+    assert load_config([tmp_path / "saved.yaml"]) == config
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base.yaml", "saved.yaml"]
+
+
+def test_a_failed_save_names_the_path_and_leaves_nothing(base, tmp_path):
+    target = tmp_path / "taken"
+    (target / "in").mkdir(parents=True)
+    with pytest.raises(OSError, match="taken"):  # a folder cannot be replaced by a file
+        save_config(load_config([base]), target)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base.yaml", "taken"]
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: str(path.relative_to(ROOT)))
+def test_shipped_configuration_parses_and_saves(path, tmp_path):
+    config = load_config([path])
+    save_config(config, tmp_path / "saved.yaml")
+    assert load_config([tmp_path / "saved.yaml"]) == config
+
+
+def test_the_configuration_page_is_up_to_date():
+    script = runpy.run_path(str(ROOT / "docs" / "make_config_page.py"))
+    assert (ROOT / "docs" / "config.md").read_text(encoding="utf-8") == script["make_page"](), "run `make docs`"
