@@ -45,7 +45,7 @@ def _report(config: RunConfig, made_by: str | None = None) -> Iterator[str]:
     """
     made = made_by is not None and Path(config.model.path).is_relative_to(made_by)
     problem = None if made else _model_problem(config.model.path)
-    _row("model", f"{config.model.path} ({config.model.dtype}, trains {config.model.train})", problem)
+    _row("model", f"{config.model.path} ({config.model.dtype})", problem)
     if problem:
         yield f"model.path: {problem}"
     video = config.video

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -18,10 +19,12 @@ class ModelConfig(Section):
     path: str
     """A Hugging Face folder, or `tiny:FAMILY` for the family's random-weight twin (`tiny:qwen2_5_vl`)."""
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
-    train: Literal["text", "all"] = "text"
-    """What learns: the text body (embeddings come from the cache), or the vision tower too."""
     recompute: bool = False
     """Recompute each layer in the backward pass instead of keeping its activations."""
+
+    def at(self, path: str | Path) -> ModelConfig:
+        """The same, of another checkpoint."""
+        return self.model_copy(update={"path": str(path)})
 
 
 class VideoConfig(Section):
@@ -49,6 +52,8 @@ class DataConfig(Section):
     on_error: Literal["raise", "skip"] = "raise"
     """What an unusable media file does. Skips are counted and named."""
     max_skips: Annotated[int, Field(ge=0)] = 10
+    share_media: Annotated[int, Field(ge=1)] = 1
+    """Examples about the same media that stay together in a step, and so share its prefix."""
 
 
 class CacheConfig(Section):
@@ -91,8 +96,6 @@ class AlgoConfig(Section):
     kl: Literal["off", "k3"] = "off"
     """A penalty for leaving the reference (the initial model), weighted by kl_coef."""
     kl_coef: Annotated[float, Field(ge=0)] = 1e-2
-    updates_per_batch: Annotated[int, Field(ge=1)] = 1
-    """Optimizer steps on the rollouts of one step."""
     max_logprob_diff: Annotated[float, Field(gt=0)] = 1e-2
     """The run stops when engine and trainer log-probs differ by more."""
 
@@ -102,7 +105,7 @@ class EvalConfig(Section):
     """0: only at the end."""
     samples: Annotated[int, Field(ge=1)] = 4
     """Answers sampled for each question."""
-    temperature: Annotated[float, Field(gt=0)] = 1.0
+    temperature: Annotated[float, Field(ge=0)] = 1.0
 
 
 class CheckpointConfig(Section):
@@ -153,6 +156,14 @@ class SftConfig(TrainConfig):
 class RlConfig(TrainConfig):
     kind: Literal["rl"] = "rl"
     algo: AlgoConfig = AlgoConfig()
+
+    @model_validator(mode="after")
+    def _can_learn(self) -> RlConfig:
+        if self.rollout.group_size < 2:
+            raise ValueError(f"rollout.group_size is {self.rollout.group_size}; a group needs 2 rollouts to compare")
+        if self.rollout.temperature == 0:
+            raise ValueError("rollout.temperature is 0, so all rollouts of a group would be the same; use 1.0")
+        return self
 
 
 class EvalRunConfig(RunConfig):

@@ -9,7 +9,8 @@ Importing this module does not import torch.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -140,6 +141,18 @@ class Prompt:
     def next_position(self) -> int:
         """Where the response continues, on every axis: the largest position of the prompt plus one."""
         return int(self.position_ids.max()) + 1
+
+    def followed_by(self, token_ids: Sequence[int]) -> Prompt:
+        """The prompt with the beginning of its response already written."""
+        import torch
+
+        count = len(token_ids)
+        tail = (self.next_position + torch.arange(count)).expand(len(self.position_ids), count)
+        return replace(
+            self,
+            token_ids=torch.cat([self.token_ids, torch.tensor(token_ids, dtype=torch.int64)]),
+            position_ids=torch.cat([self.position_ids, tail], 1),
+        )
 
 
 class Prefix:

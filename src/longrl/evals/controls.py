@@ -1,0 +1,35 @@
+"""Controls: the same questions with something taken away. A number beside its control shows where it comes from."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from longrl.runtime import seed_for
+from longrl.types import Clip, Example, MediaEmbeds
+
+
+def without_video(example: Example, media: tuple[MediaEmbeds, ...]) -> tuple[Example, tuple[MediaEmbeds, ...]]:
+    """The question alone."""
+    messages = tuple(
+        replace(message, content=tuple(part for part in message.content if not isinstance(part, Clip)))
+        for message in example.messages
+    )
+    return replace(example, messages=messages), ()
+
+
+def shuffled_in_time(example: Example, media: tuple[MediaEmbeds, ...]) -> tuple[Example, tuple[MediaEmbeds, ...]]:
+    """Each video's temporal patches (pairs of frames) in an order drawn from its key; their positions stay."""
+    return example, tuple(_shuffled(item) for item in media)
+
+
+def _shuffled(media: MediaEmbeds) -> MediaEmbeds:
+    grids = media.grid_thw[0]
+    order = torch.randperm(grids, generator=torch.Generator().manual_seed(seed_for("shuffle", media.key)))
+
+    def permuted(x: torch.Tensor, dim: int) -> torch.Tensor:
+        return x.unflatten(dim, (grids, -1)).index_select(dim, order).flatten(dim, dim + 1)
+
+    deepstack = None if media.deepstack is None else permuted(media.deepstack, 1)
+    return replace(media, embeds=permuted(media.embeds, 0), deepstack=deepstack, key=f"{media.key}:shuffled")

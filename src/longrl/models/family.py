@@ -1,0 +1,61 @@
+"""What a model family must tell the rest of the program. One file each; see qwen_vl.py."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Protocol, Self
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from longrl.models.trunk import TrunkParts
+from longrl.types import Clip, Example, Frames, MediaEmbeds, Prompt
+
+
+class Family(Protocol):
+    """A loaded model of one family: its classes, preprocessing, positions and checkpoint layout."""
+
+    model_type: str
+    """As in the checkpoint's config.json: what dispatch looks at."""
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+
+    @classmethod
+    def load(cls, path: Path, dtype: torch.dtype) -> Self:
+        """Reads a Hugging Face folder. Raises ValueError when the folder is not one of this family."""
+        ...
+
+    @classmethod
+    def tiny(cls, seed: int, dtype: torch.dtype) -> Self:
+        """The random-weight twin: the real classes, made from config, with a tokenizer of its own."""
+        ...
+
+    def save(self, path: Path) -> None:
+        """Writes a Hugging Face folder that `load` and `from_pretrained` read back with equal logits."""
+        ...
+
+    @property
+    def encoder_id(self) -> str:
+        """Identifies preprocessing, encoder weights and dtype: part of every cache key."""
+        ...
+
+    @property
+    def stop_ids(self) -> frozenset[int]:
+        """Tokens that end a response."""
+        ...
+
+    def parts(self) -> TrunkParts: ...
+
+    def encode(self, clip: Clip) -> MediaEmbeds:
+        """Decodes and encodes a clip, a bounded number of frames at a time; key is left empty."""
+        ...
+
+    def encode_frames(self, chunks: Iterable[Frames], max_pixels: int | None = None) -> tuple[Tensor, tuple[int, int, int]]:
+        """Embeddings [V, D] (with gradients if enabled) and grid of frames already decoded."""
+        ...
+
+    def prompt(self, example: Example, media: tuple[MediaEmbeds, ...]) -> Prompt:
+        """Renders the chat template, expands placeholders and computes positions."""
+        ...

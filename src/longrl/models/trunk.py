@@ -1,0 +1,174 @@
+"""The trunk: drives a model's unmodified transformers decoder layers over [one prefix | many streams].
+
+    prefix   all shared tokens, once            -> Prefix (keys and values of every layer)
+    suffix   N streams that continue the prefix -> log-probs and entropy of their labelled tokens
+    decode   one token of every stream          -> logits
+
+Attention is a function registered with transformers' attention interface under our own name; what it needs travels in a
+`Call`, made inside the Block (so that a recomputation makes its own), handed to the layer as a keyword, filled with the
+keys and values and returned by the Block as outputs. No globals, no patches.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from longrl.models.own_kv import OwnKV
+from longrl.models.streams import Streams
+from longrl.parallel.attend import attend, attend_decode
+from longrl.types import Prefix, Prompt
+
+ATTENTION = "longrl_shared_prefix"
+HEAD_CHUNK = 2048
+"""Tokens whose logits exist at one time."""
+
+
+class Call:
+    """What one call of one layer must know, and what it hands back. A plain class: FSDP2 looks inside dataclasses."""
+
+    __slots__ = ("keys", "layer", "own", "prefix", "streams", "values")
+
+    def __init__(self, layer: int, streams: int, prefix: tuple[Tensor, Tensor] | None, own: OwnKV | None) -> None:
+        self.layer, self.streams, self.prefix, self.own = layer, streams, prefix, own
+        self.keys = self.values = None
+
+
+def _attention(module, query, key, value, attention_mask, scaling=None, *, trunk_call: Call, **_):
+    """query [1, H, N*R, d], key, value [1, KV, N*R, d] (streams packed one after the other) -> [1, N*R, H, d]."""
+    call = trunk_call
+    q, k, v = (x[0].unflatten(1, (call.streams, -1)).transpose(0, 1) for x in (query, key, value))  # [N, heads, R, d]
+    if call.own is not None:
+        assert call.prefix is not None
+        out = attend_decode(q, *call.own.write(call.layer, k, v), call.prefix, scaling)
+    else:
+        out = attend(q, k, v, call.prefix, scaling)
+        # a view returned from a Block would lose FSDP2's backward hook
+        call.keys, call.values = key[0].clone(), value[0].clone()
+    return out.transpose(1, 2).flatten(0, 1)[None], None
+
+
+AttentionInterface.register(ATTENTION, _attention)
+AttentionMaskInterface.register(ATTENTION, lambda *args, **kwargs: None)
+
+
+class Block(nn.Module):
+    """One decoder layer that RETURNS its keys and values, so that recomputation and FSDP2's hooks see them as outputs."""
+
+    def __init__(self, index: int, layer: nn.Module, recompute: bool) -> None:
+        super().__init__()
+        self.index, self.layer, self.recompute = index, layer, recompute
+
+    def _run(self, hidden, rope, streams, far_k, far_v, own):
+        call = Call(self.index, streams, None if far_k is None else (far_k, far_v), own)
+        hidden = self.layer(hidden, attention_mask=None, position_embeddings=rope, trunk_call=call)
+        return hidden, call.keys, call.values
+
+    def forward(self, hidden, rope, streams=1, far_k=None, far_v=None, own=None):
+        args = (hidden, rope, streams, far_k, far_v, own)
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(self._run, *args, use_reentrant=False, preserve_rng_state=False)
+        return self._run(*args)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrunkParts:
+    """The pieces of a model that the trunk drives, as the family names them."""
+
+    embed: nn.Module
+    layers: nn.ModuleList
+    norm: nn.Module
+    rotary: nn.Module
+    head: nn.Module
+
+
+class Trunk(nn.Module):
+    """See the module's docstring. One door (`forward(job, ...)`), so that root hooks always run."""
+
+    def __init__(self, parts: TrunkParts, *, recompute: bool = False) -> None:
+        super().__init__()
+        self.embed, self.norm, self.rotary, self.head = parts.embed, parts.norm, parts.rotary, parts.head
+        self.blocks = nn.ModuleList(Block(index, layer, recompute) for index, layer in enumerate(parts.layers))
+
+    def forward(self, job: str, *args, **kwargs):
+        return getattr(self, job)(*args, **kwargs)
+
+    def prefix(self, prompt: Prompt, length: int, version: int = 0) -> Prefix:
+        """Runs the first `length` tokens of a prompt, media included.
+
+        Returns:
+            Keys and values of every layer, attached to the graph when gradients are on.
+        """
+        hidden = self.embed(prompt.token_ids[:length])
+        for media, (start, end) in zip(prompt.media, prompt.media_slots, strict=True):
+            if end > length:
+                raise AssertionError(f"the prefix of {length} tokens ends before its media at {start}:{end}")
+            hidden = torch.cat([hidden[:start], media.embeds.to(hidden.dtype), hidden[end:]])
+        hidden, rope = hidden[None], self._rope(hidden, prompt.position_ids[:, :length])
+        keys, values = [], []
+        for block in self.blocks:
+            hidden, k, v = block(hidden, rope)
+            keys.append(k)
+            values.append(v)
+        return Prefix(keys, values, length, version)
+
+    def suffix(self, prefix: Prefix, streams: Streams, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+        """Log-probs and entropy of the streams' labelled tokens, given the prefix.
+
+        Returns:
+            logprobs, entropy [N, R]: of logits / temperature; zero where streams.mask is False.
+        """
+        count = len(streams.token_ids)
+        hidden = self.embed(streams.token_ids.flatten())[None]
+        rope = self._rope(hidden[0], streams.position_ids.flatten(1))
+        for block, k, v in zip(self.blocks, prefix.keys, prefix.values, strict=True):
+            hidden, _, _ = block(hidden, rope, count, k, v)
+        mask = streams.mask.flatten()
+        logprobs, entropy = self._score(hidden[0][mask], streams.labels.flatten()[mask], temperature)
+        zeros = logprobs.new_zeros(mask.shape)
+        where = mask.nonzero()[:, 0]
+        return (zeros.index_put((where,), x).view_as(streams.mask) for x in (logprobs, entropy))  # pyright: ignore
+
+    @torch.no_grad()
+    def decode(self, prefix: Prefix, own: OwnKV, token_ids: Tensor, position_ids: Tensor) -> Tensor:
+        """Feeds new tokens to every stream and advances `own`.
+
+        Args:
+            token_ids: [N, new]; position_ids: [axes, N, new].
+
+        Returns:
+            Hidden states [N, D] of each stream's last token, before the head.
+        """
+        count, new = token_ids.shape
+        hidden = self.embed(token_ids.flatten())[None]
+        rope = self._rope(hidden[0], position_ids.flatten(1))
+        for block, k, v in zip(self.blocks, prefix.keys, prefix.values, strict=True):
+            hidden, _, _ = block(hidden, rope, count, k, v, own)
+        own.filled += new
+        return hidden[0].unflatten(0, (count, new))[:, -1]
+
+    def logits(self, hidden: Tensor, temperature: float) -> Tensor:
+        """[..., D] -> [..., vocabulary], in fp32 or wider, divided by the temperature."""
+        logits = self.head(self.norm(hidden))
+        return (logits if logits.dtype == torch.float64 else logits.float()) / temperature
+
+    def _rope(self, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """positions [axes, T] -> cos, sin as the family's rotary module makes them."""
+        return self.rotary(hidden, positions[:, None] if len(positions) > 1 else positions)
+
+    def _score(self, hidden: Tensor, labels: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        def score(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+            logp = torch.log_softmax(self.logits(hidden, temperature), -1)
+            entropy = -(logp.detach().exp() * logp.detach()).sum(-1)
+            return logp.gather(-1, labels[:, None]).sum(-1), entropy
+
+        parts = [
+            checkpoint(score, h, y, use_reentrant=False, preserve_rng_state=False)
+            for h, y in zip(hidden.split(HEAD_CHUNK), labels.split(HEAD_CHUNK), strict=True)
+        ]
+        logprobs, entropy = zip(*parts, strict=True)  # pyright: ignore
+        return torch.cat(logprobs), torch.cat(entropy)

@@ -1,0 +1,133 @@
+"""Attention of many streams over [one prefix they all see | their own causal past], the prefix never copied.
+
+Softmax over two KV segments is exact when their partial outputs are merged by log-sum-exp:
+
+    out = exp(lse_1 - lse) out_1 + exp(lse_2 - lse) out_2,    lse = log(exp lse_1 + exp lse_2)
+
+and so is the backward: each segment's ordinary flash backward, given the MERGED out and lse, yields that segment's share
+of the gradients. The prefix is seen in full (no mask), so all streams and all query heads of one KV head are one long
+query: its gradient comes out summed over the streams.
+
+Reference: FlashAttention-2 (arXiv 2307.08691), section 3.1 for the backward from (out, lse).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, prefix: tuple[Tensor, Tensor] | None, scale: float) -> Tensor:
+    """Exact attention of N streams over their shared prefix and their own causal past.
+
+    Args:
+        q: [N, H, R, d] queries; H is a multiple of KV.
+        k, v: [N, KV, R, d] each stream's own keys and values.
+        prefix: keys and values [KV, P, d] that every stream sees in full, or None.
+        scale: the factor of the logits.
+
+    Returns:
+        [N, H, R, d].
+    """
+    if q.device.type != "cpu":
+        return attend_plain(q, k, v, prefix, scale)
+    prefix_k, prefix_v = prefix if prefix is not None else (None, None)
+    return _Attend.apply(q, k, v, prefix_k, prefix_v, scale)  # pyright: ignore[reportReturnType]
+
+
+def attend_plain(q: Tensor, k: Tensor, v: Tensor, prefix: tuple[Tensor, Tensor] | None, scale: float) -> Tensor:
+    """The slow twin of `attend`: one softmax over the concatenated keys, by autograd."""
+    streams, heads, length, _ = q.shape
+    repeat = heads // k.shape[1]
+    mask = torch.ones(length, length, dtype=torch.bool, device=q.device).tril()
+    if prefix is not None:
+        k, v = (torch.cat([p.expand(streams, *p.shape), x], 2) for p, x in zip(prefix, (k, v), strict=True))
+        mask = torch.cat([mask.new_ones(length, k.shape[2] - length), mask], 1)
+    logits = (q @ k.repeat_interleave(repeat, 1).transpose(-1, -2)) * scale
+    return logits.masked_fill(~mask, float("-inf")).softmax(-1) @ v.repeat_interleave(repeat, 1)
+
+
+def attend_decode(
+    q: Tensor, k: Tensor, v: Tensor, padding: Tensor, prefix: tuple[Tensor, Tensor], scale: float
+) -> Tensor:
+    """Attention of the newest tokens of N streams, without gradients; the prefix costs one product per KV head.
+
+    Args:
+        q: [N, H, new, d], the last `new` of each stream's T own tokens.
+        k, v: [N, KV, T, d] all of the streams' own keys and values.
+        padding: bool [N, T], True where a stream has no token.
+        prefix: keys and values [KV, P, d].
+
+    Returns:
+        [N, H, new, d].
+    """
+    (far_k, far_v), (streams, _, new, dim) = prefix, q.shape
+    kv_heads, total, far_total = k.shape[1], k.shape[2], far_k.shape[1]
+    q = (q * scale).unflatten(1, (kv_heads, -1))  # [N, KV, rep, new, d]
+    far = torch.bmm(q.transpose(0, 1).reshape(kv_heads, -1, dim), far_k.transpose(1, 2))
+    far = far.view(kv_heads, streams, -1, far_total).transpose(0, 1)  # [N, KV, rep * new, P]
+    near = (q.flatten(2, 3) @ k.transpose(2, 3)).unflatten(2, (-1, new))  # [N, KV, rep, new, T]
+    hidden = padding[:, None] | torch.ones(new, total, dtype=torch.bool, device=q.device).triu(total - new + 1)
+    near = near.masked_fill(hidden[:, None, None], float("-inf")).flatten(2, 3)
+    far, near = torch.cat([far, near], -1).softmax(-1).split([far_total, total], -1)
+    out = torch.bmm(far.transpose(0, 1).reshape(kv_heads, -1, far_total), far_v)
+    out = out.view(kv_heads, streams, -1, dim).transpose(0, 1) + near @ v
+    return out.unflatten(2, (-1, new)).flatten(1, 2)
+
+
+def _expand(x: Tensor, heads: int) -> Tensor:
+    """[N, KV, R, d] -> [N, heads, R, d], each KV head repeated for its query heads."""
+    streams, kv_heads, length, dim = x.shape
+    return x[:, :, None].expand(streams, kv_heads, heads // kv_heads, length, dim).reshape(streams, heads, length, dim)
+
+
+def _fold(x: Tensor, kv_heads: int) -> Tensor:
+    """[N, H, R, ...] -> [1, KV, H/KV * N * R, ...]: everything that attends to one KV head as one long query."""
+    x = x.unflatten(1, (kv_heads, -1)).movedim(0, 2)  # [KV, rep, N, R, ...]
+    return x.flatten(1, 3)[None].contiguous()
+
+
+def _unfold(x: Tensor, like: Tensor) -> Tensor:
+    """The inverse of _fold; `like` is [N, H, R, d], x may lack the last dimension."""
+    streams, heads, length, _ = like.shape
+    kv_heads = x.shape[1]
+    return x[0].unflatten(1, (heads // kv_heads, streams, length)).movedim(2, 0).flatten(1, 2)
+
+
+class _Attend(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, prefix_k, prefix_v, scale):
+        heads, kv_heads = q.shape[1], k.shape[1]
+        out, lse = _flash(q, _expand(k, heads), _expand(v, heads), 0.0, True, scale=scale)
+        if prefix_k is not None:
+            far, far_lse = _flash(_fold(q, kv_heads), prefix_k[None], prefix_v[None], 0.0, False, scale=scale)
+            far, far_lse = _unfold(far, q), _unfold(far_lse, q)
+            both = torch.logaddexp(lse, far_lse)
+            # lse is fp32 (or fp64): merged in that, then cast, or bf16 would lose twice
+            out = out * (lse - both).exp()[..., None] + far * (far_lse - both).exp()[..., None]
+            out, lse = out.to(q.dtype), both
+        ctx.save_for_backward(q, k, v, prefix_k, prefix_v, out, lse)
+        ctx.scale = scale
+        return out
+
+    @staticmethod
+    def backward(ctx, *grads):
+        (grad,) = grads
+        q, k, v, prefix_k, prefix_v, out, lse = ctx.saved_tensors
+        heads, kv_heads = q.shape[1], k.shape[1]
+        grad, lse = grad.contiguous(), lse.contiguous()
+        gq, gk, gv = _flash_backward(
+            grad, q, _expand(k, heads), _expand(v, heads), out, lse, 0.0, True, scale=ctx.scale
+        )
+        gk, gv = (x.unflatten(1, (kv_heads, -1)).sum(2) for x in (gk, gv))
+        if prefix_k is None:
+            return gq, gk, gv, None, None, None
+        folded = (_fold(x, kv_heads) for x in (grad, q))
+        far_out, far_lse = _fold(out, kv_heads), _fold(lse, kv_heads)
+        far_q, gpk, gpv = _flash_backward(
+            *folded, prefix_k[None], prefix_v[None], far_out, far_lse, 0.0, False, scale=ctx.scale
+        )
+        return gq + _unfold(far_q, q), gk, gv, gpk[0], gpv[0], None

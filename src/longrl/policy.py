@@ -1,0 +1,72 @@
+"""The policy: a model driven by its trunk, and the three-phase backward that reads each prefix once.
+
+    1. prefix forward   keys and values of the shared tokens, attached to the graph
+    2. suffix           they enter as detached leaves; streams forward and backward: parameter gradients, gK, gV in the leaves
+    3. prefix backward  one backward of (keys, values) with (gK, gV)
+
+Exact: prompt tokens carry no loss, so the loss reaches the prefix's part of the graph only through its keys and values.
+Gradients are accumulated un-normalised; `longrl.optim` divides once, by the global count.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from longrl.models.family import Family
+from longrl.models.streams import Streams, make_streams, split_length
+from longrl.models.trunk import Trunk
+from longrl.types import Prefix, Prompt
+
+STREAM_TOKENS = 8192
+"""Tokens of one suffix micro-batch."""
+
+StreamLoss = Callable[[Tensor, Tensor, slice], Tensor]
+"""(logprobs [n, R], entropy [n, R], which rows) -> a scalar loss sum."""
+
+
+class Policy:
+    """A family's model, its trunk, and how many updates it has had."""
+
+    def __init__(self, family: Family, *, recompute: bool = False) -> None:
+        self.family = family
+        self.trunk = Trunk(family.parts(), recompute=recompute)
+        self.version = 0
+
+    def prefix(self, prompts: Sequence[Prompt]) -> Prefix:
+        """Computes, once, the tokens that all these prompts share (of a single prompt: all but the last)."""
+        return self.trunk("prefix", prompts[0], split_length(prompts), self.version)
+
+    def logprobs(self, prefix: Prefix, streams: Streams, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+        """Log-probs and entropy [N, R] of the streams, without gradients."""
+        with torch.no_grad():
+            parts = [self.trunk("suffix", prefix, streams[rows], temperature) for rows in micro_batches(streams)]
+        logprobs, entropy = zip(*parts, strict=True)
+        return torch.cat(logprobs), torch.cat(entropy)
+
+    def backward(self, prefix: Prefix, streams: Streams, loss: StreamLoss, temperature: float = 1.0) -> None:
+        """Accumulates the gradient of the summed loss over all streams into the parameters, and releases the prefix."""
+        leaves = prefix.leaves()
+        for rows in micro_batches(streams):
+            logprobs, entropy = self.trunk("suffix", leaves, streams[rows], temperature)
+            loss(logprobs, entropy, rows).backward()
+        torch.autograd.backward(
+            prefix.keys + prefix.values,
+            [leaf.grad if leaf.grad is not None else torch.zeros_like(leaf) for leaf in leaves.keys + leaves.values],
+        )
+        prefix.release()
+
+
+def micro_batches(streams: Streams) -> Iterator[slice]:
+    """Row slices of at most STREAM_TOKENS tokens each (at least one row)."""
+    count, length = streams.token_ids.shape
+    rows = max(1, STREAM_TOKENS // length)
+    return (slice(start, min(start + rows, count)) for start in range(0, count, rows))
+
+
+def streams_of(prefix: Prefix, prompts: Sequence[Prompt], responses: Sequence[Sequence[Sequence[int]]]) -> Streams:
+    """One stream per response; responses[i] are those of prompts[i]."""
+    rows = [(prompt, response) for prompt, group in zip(prompts, responses, strict=True) for response in group]
+    return make_streams([prompt for prompt, _ in rows], [response for _, response in rows], prefix.length)
