@@ -208,7 +208,7 @@ def index_video(path: str) -> VideoIndex:
     pts, durations, flags = array("q"), array("q"), array("B")
     with open_media(path) as container:
         stream = video_stream(container, path)
-        truncated, last_dts = None, -(2**63)
+        truncated, last_dts = _cut_off(container, path), -(2**63)
         may_hide = stream.codec_context.name == "vp8"
         try:
             for packet in packets(container, stream):
@@ -223,19 +223,20 @@ def index_video(path: str) -> VideoIndex:
                 shown = not (packet.is_discard or packet.is_corrupt or (may_hide and _is_hidden(packet)))
                 flags.append(_KEY * packet.is_keyframe | _SHOWN * shown | _CORRUPT * packet.is_corrupt)
         except FFmpegError as error:
-            truncated = f"it cannot be read past video packet {len(pts)} ({error.strerror})"
+            truncated = truncated or f"it cannot be read past video packet {len(pts)} ({error.strerror})"
         all_pts, all_flags = np.array(pts, np.int64), np.array(flags, np.uint8)
         shown = np.flatnonzero(all_flags & _SHOWN)
         time_base = stream.time_base
         if not len(shown) or time_base is None:
-            raise MediaError(f"{path}: holds no video frames; download or copy it again")
+            why = f"is truncated: {truncated}" if truncated else "holds no video frames"
+            raise MediaError(f"{path}: {why}; download or copy it again")
         order = shown[np.argsort(all_pts[shown], kind="stable")]
         ticks = all_pts[order]
         frame_ticks = 1 / (stream.average_rate * time_base) if stream.average_rate else 0
         end = ticks[-1] + (durations[order[-1]] or float(frame_ticks))
         if all_flags[-1] & _CORRUPT:
             truncated = truncated or "it ends inside a frame"
-        truncated = truncated or _shortfall(container, path, float(end * time_base))
+        truncated = truncated or _ends_early(container, path, float(end * time_base))
     return VideoIndex(
         path=path,
         pts=all_pts,
@@ -331,13 +332,16 @@ def _is_hidden(packet: av.Packet) -> bool:
     return not bytes(memoryview(packet)[:1])[0] & 0x10
 
 
-def _shortfall(container: InputContainer, path: str, end_s: float) -> str | None:
-    """Says how a file whose video ends at end_s (in its own clock) falls short of its header; None: it does not."""
+def _cut_off(container: InputContainer, path: str) -> str | None:
+    """Says how a file that was just opened is shorter than it says; None: it is not, or does not say."""
     # An mp4 lists where each sample lies; one that lies past the end of the file was cut off.
     last_entries = [stream.index_entries[-1] for stream in container.streams if len(stream.index_entries)]
     promised = max([_promised_bytes(path), *(entry.pos + entry.size for entry in last_entries)])
-    if promised > container.size:
-        return f"it has {container.size} bytes and promises at least {promised}"
+    return f"it has {container.size} bytes and promises at least {promised}" if promised > container.size else None
+
+
+def _ends_early(container: InputContainer, path: str, end_s: float) -> str | None:
+    """Says how a file whose video ends at end_s, in its own clock, is shorter than its header says; None: it is not."""
     header_s = (container.duration or 0) / av.time_base
     if header_s > end_s + TOLERANCE_S and header_s > (last_s := _end_s(path)) + TOLERANCE_S:
         return f"it ends at {last_s:.3f} s, its header promises {header_s:.3f} s"
