@@ -70,7 +70,7 @@ def test_readme_commands_exist():
 
 def test_readme_layout_exists():
     layout = README.partition("## Layout")[2].partition("```\n")[2].partition("```")[0]
-    names = re.findall(r"(?:^|\s)(\w+\.py|[\w/]+/)(?=\s)", layout)
+    names = re.findall(r"(?:^|\s)(\w+\.py|[\w/]+/)(?=[\s,])", layout)
     assert len(names) > 15
     inside = [name for name in names if name not in ("src/longrl/", "configs/", "tests/", "benchmarks/", "docs/")]
     missing = [name for name in inside if not (ROOT / "src" / "longrl" / name).exists()]
