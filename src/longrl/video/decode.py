@@ -213,8 +213,7 @@ def _needed(index: VideoIndex, wanted: np.ndarray) -> np.ndarray:
     if not len(keys) or keys[0] > 0:
         keys = np.concatenate([[0], keys])
     at = np.searchsorted(keys, wanted, side="right") - 1
-    while (leading := (at > 0) & (index.pts[keys[at]] > index.pts[wanted])).any():
-        at = at - leading
+    at = at - ((at > 0) & (index.pts[keys[at]] > index.pts[wanted]))
     edges = np.zeros(wanted.max() + 2, np.int64)
     np.add.at(edges, keys[at], 1)
     np.add.at(edges, wanted + 1, -1)
