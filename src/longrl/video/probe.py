@@ -242,7 +242,7 @@ def index_video(path: str) -> VideoIndex:
         pts=all_pts,
         is_key=(all_flags & _KEY).astype(bool),
         order=order,
-        times_s=(ticks - ticks[0]) * float(time_base),
+        times_s=(ticks - ticks[0]) * time_base.numerator / time_base.denominator,
         start_s=float(ticks[0] * time_base),
         duration_s=float((end - ticks[0]) * time_base),
         truncated=truncated,
