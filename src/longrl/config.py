@@ -196,4 +196,31 @@ class QuickstartConfig(Section):
     rl: RlConfig
 
 
-AnyConfig = Annotated[SftConfig | RlConfig | EvalRunConfig | QuickstartConfig, Field(discriminator="kind")]
+class WarmStartConfig(Section):
+    """The recipe of the shipped warm start: see warm_start.py."""
+
+    kind: Literal["warm_start"] = "warm_start"
+    run_dir: str = "runs/warm_start"
+    out: str
+    """The Hugging Face folder to write."""
+    model: str = "tiny:qwen2_5_vl"
+    seed: int = 0
+    threads: Annotated[int, Field(ge=1)] = 2
+    stories: Annotated[int, Field(ge=1)] = 3000
+    look_steps: Annotated[int, Field(ge=0)] = 2800
+    look_windows: Annotated[int, Field(ge=1)] = 12
+    look_lr: Annotated[float, Field(gt=0)] = 1e-3
+    mastered: Annotated[float, Field(gt=0, lt=1)] = 0.85
+    """Share of right lists at which windows get one more object."""
+    watch_steps: Annotated[int, Field(ge=0)] = 3000
+    watch_stories: Annotated[int, Field(ge=1)] = 8
+    watch_questions: Annotated[int, Field(ge=1)] = 4
+    watch_lr: Annotated[float, Field(gt=0)] = 7e-4
+    dense_fraction: Annotated[float, Field(ge=0, le=1)] = 0.15
+    """Share of stories sampled at one token every two seconds."""
+    log_every: Annotated[int, Field(ge=1)] = 50
+
+
+AnyConfig = Annotated[
+    SftConfig | RlConfig | EvalRunConfig | QuickstartConfig | WarmStartConfig, Field(discriminator="kind")
+]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import typer
 
@@ -38,9 +37,7 @@ def generate_command(
         raise ValueError("the prompt is empty; write the question")
     policy = Policy(load_family(ModelConfig(path=model), seed))
     clips = () if video is None else (_clip(video, fps, num_frames, start, end),)
-    example = Example(
-        id="prompt", messages=(Message(role="user", content=(*clips, prompt)),), answer=None, kind="open"
-    )
+    example = Example(id="prompt", messages=(Message(role="user", content=(*clips, prompt)),), answer=None, kind="open")
     media = tuple(embed(clip, policy.family, None) for clip in clips)
     config = RolloutConfig(group_size=n, max_new_tokens=max_new_tokens, temperature=temperature)
     with torch.no_grad():
@@ -59,5 +56,10 @@ def generate_command(
 def _clip(video: str, fps: float | None, num_frames: int | None, start: str | None, end: str | None) -> Clip:
     if fps is None and num_frames is None:
         fps = 1.0
-    span = {"start_s": 0.0 if start is None else parse_time(start), "end_s": None if end is None else parse_time(end)}
-    return Clip(path=str(Path(video)), fps=fps, num_frames=num_frames, **span)
+    return Clip(
+        path=video,
+        start_s=0.0 if start is None else parse_time(start, "--start"),
+        end_s=None if end is None else parse_time(end, "--end"),
+        fps=fps,
+        num_frames=num_frames,
+    )

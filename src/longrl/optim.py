@@ -49,13 +49,15 @@ class Optimizer:
         grads = [p.grad for p in self.parameters if p.grad is not None]
         if count == 0 or not grads:
             return 0.0, lr
-        torch._foreach_div_(grads, float(count))
+        for grad in grads:
+            grad.div_(count)
         norm = self._norm(grads)
         if not math.isfinite(norm):
             self.adamw.zero_grad()
             raise RuntimeError(f"step {step}: the gradient norm is {norm}; the weights were not changed")
         if norm > self.config.max_grad_norm:
-            torch._foreach_mul_(grads, self.config.max_grad_norm / (norm + 1e-6))
+            for grad in grads:
+                grad.mul_(self.config.max_grad_norm / (norm + 1e-6))
         for group in self.adamw.param_groups:
             group["lr"] = lr
         self.adamw.step()

@@ -1,11 +1,11 @@
 """The policy: a model driven by its trunk, and the three-phase backward that reads each prefix once.
 
     1. prefix forward   keys and values of the shared tokens, attached to the graph
-    2. suffix           they enter as detached leaves; streams forward and backward: parameter gradients, gK, gV in the leaves
+    2. suffix           they enter as detached leaves; streams forward and backward leave gK, gV in them
     3. prefix backward  one backward of (keys, values) with (gK, gV)
 
 Exact: prompt tokens carry no loss, so the loss reaches the prefix's part of the graph only through its keys and values.
-Gradients are accumulated un-normalised; `longrl.optim` divides once, by the global count.
+Gradients are accumulated un-normalised; optim.py divides once, by the global count.
 """
 
 from __future__ import annotations

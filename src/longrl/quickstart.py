@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from longrl.config import EvalRunConfig, QuickstartConfig, RunConfig
+from longrl.config import QuickstartConfig, RunConfig
 from longrl.data.examples import load_examples
 from longrl.data.prompts import PromptBuilder
 from longrl.data.synthetic.dataset import Dataset, build_dataset
@@ -116,7 +116,9 @@ def _embed_all(config: RunConfig, data: Dataset) -> tuple[float, dict[str, Any]]
     build = PromptBuilder(load_family(config.model, config.runtime.seed), config)
     frames, seconds, tokens = 0, 0.0, 0
     for path in (data.train_sft, data.test):
-        by_clip: dict[Any, Example] = {example.clips: example for example in load_examples(path, config.data, config.video)}
+        by_clip: dict[Any, Example] = {
+            example.clips: example for example in load_examples(path, config.data, config.video)
+        }
         for example in by_clip.values():
             _, (prompt,) = build([example])
             times = prompt.media[0].timestamps_s

@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 import logging
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -104,9 +104,9 @@ class Totals:
     informative: int = 0
     trained_tokens: int = 0
     logprob_diff: float = 0.0
-    sums: Counter[str] = field(default_factory=Counter)
+    sums: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     """Over rollouts."""
-    token_sums: Counter[str] = field(default_factory=Counter)
+    token_sums: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     """Over trained tokens."""
 
     def count(self, groups: Sequence[Group], scored: Sequence[list[Scored]]) -> None:
@@ -193,14 +193,16 @@ def update(
         totals.trained_tokens += int(mask.sum())
         totals.token_sums["loss"] += output.loss_sum.item()
         totals.token_sums["entropy"] += entropy.sum().item()
-        totals.token_sums.update(output.metrics)
+        for name, value in output.metrics.items():
+            totals.token_sums[name] += value
         return output.loss_sum
 
     policy.backward(prefix, streams, loss, temperature)
     if not totals.logprob_diff <= config.algo.max_logprob_diff:
         raise RuntimeError(
             f"engine and trainer log-probs differ by {totals.logprob_diff:.2e}, more than algo.max_logprob_diff "
-            f"{config.algo.max_logprob_diff:g} (groups {', '.join(group.id for group in groups)}); the weights were not changed"
+            f"{config.algo.max_logprob_diff:g} (groups {', '.join(group.id for group in groups)}); the weights were "
+            "not changed"
         )
 
 

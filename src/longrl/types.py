@@ -42,7 +42,9 @@ class Clip:
 
     def __post_init__(self) -> None:
         if (self.fps is None) == (self.num_frames is None):
-            raise ValueError(f"clip {self.path}: set exactly one of fps (got {self.fps}) and num_frames (got {self.num_frames})")
+            raise ValueError(
+                f"clip {self.path}: set exactly one of fps (got {self.fps}) and num_frames (got {self.num_frames})"
+            )
         if self.fps is not None and not 0 < self.fps < float("inf"):
             raise ValueError(f"clip {self.path}: fps must be positive and finite, got {self.fps}")
         if self.num_frames is not None and self.num_frames < 1:
@@ -50,7 +52,9 @@ class Clip:
         if not 0 <= self.start_s < float("inf"):
             raise ValueError(f"clip {self.path}: start_s must be 0 or more, got {self.start_s}")
         if self.end_s is not None and not self.start_s < self.end_s < float("inf"):
-            raise ValueError(f"clip {self.path}: the span {self.start_s} s to {self.end_s} s is empty; end_s must be larger than start_s")
+            raise ValueError(
+                f"clip {self.path}: the span {self.start_s} s to {self.end_s} s is empty; end_s must be the larger"
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,7 +120,7 @@ class Example:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prompt:
-    """An example as the model reads it: token ids with media placeholders, positions, and which media fill the placeholders."""
+    """An example as the model reads it: token ids with media placeholders, positions, and the media that fill them."""
 
     token_ids: Tensor
     """int64 [P]; placeholders stand where media embeddings go."""
@@ -132,7 +136,9 @@ class Prompt:
             raise AssertionError(f"{len(self.token_ids)} tokens with {self.position_ids.shape[-1]} positions")
         for media, (start, end) in zip(self.media, self.media_slots, strict=True):
             if end - start != len(media.embeds):
-                raise AssertionError(f"media {media.key}: {len(media.embeds)} embeddings for {end - start} placeholders")
+                raise AssertionError(
+                    f"media {media.key}: {len(media.embeds)} embeddings for {end - start} placeholders"
+                )
 
     def __len__(self) -> int:
         return len(self.token_ids)

@@ -36,7 +36,9 @@ def responses_of(family: Qwen25VL, lengths: list[int]) -> list[list[int]]:
     return [torch.randint(0, len(family.tokenizer), (n,), generator=generator).tolist() for n in lengths]
 
 
-def plain(family: Qwen25VL, prompts: list[Prompt], responses: list[list[int]], weights: torch.Tensor) -> list[torch.Tensor]:
+def plain(
+    family: Qwen25VL, prompts: list[Prompt], responses: list[list[int]], weights: torch.Tensor
+) -> list[torch.Tensor]:
     """The slow twin: stock transformers on every [prompt, response]; backward of the weighted sum of log-probs."""
     model = family.model
     model.set_attn_implementation({"text_config": "sdpa", "vision_config": "sdpa"})
@@ -72,7 +74,9 @@ def gradients(family: Qwen25VL) -> dict[str, torch.Tensor]:
 
 # transformers' norms and rotary embedding compute in fp32 whatever the dtype: the floor in fp64 is about 1e-8
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-7), (torch.float32, 1e-5)])
-@pytest.mark.parametrize("questions", [["what comes first?"], ["what comes first?", "where is the red circle?", "who?"]])
+@pytest.mark.parametrize(
+    "questions", [["what comes first?"], ["what comes first?", "where is the red circle?", "who?"]]
+)
 @pytest.mark.parametrize("lengths", [[5], [7, 3], [4, 9, 1, 6, 2, 12, 8, 3]])
 @pytest.mark.parametrize("recompute", [False, True])
 def test_gradients_equal_separate_sequences(dtype, bound, questions, lengths, recompute):

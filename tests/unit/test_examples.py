@@ -125,7 +125,6 @@ def test_text_is_kept_as_it_is(folder):
         ({"options": ["a", 2]}, r"options is \['a', 2\]"),
         ({"options": ["a", " "]}, "options is "),
         ({"options": ["a"]}, "1 options, expected 2 to 26"),
-        ({"options": []}, "0 options, expected 2 to 26"),
         ({"options": ["a"] * 27}, "27 options, expected 2 to 26"),
         ({"kind": "chioce"}, "kind is 'chioce', expected choice or open"),
         ({"kind": "open"}, "kind is open with 2 options"),

@@ -162,7 +162,7 @@ def _example(
 
 def _options(row: dict[str, Any], where: str) -> list[str]:
     options = row.get("options")
-    if options is None:
+    if options is None or options == []:
         return []
     if not isinstance(options, list) or not all(isinstance(option, str) and option.strip() for option in options):
         raise ValueError(f"{where}: options is {_short(options)}, expected a list of texts")

@@ -1,4 +1,4 @@
-"""Which examples a step trains on: a pure function of (seed, step), so that a resumed run sees what it would have seen."""
+"""Which examples a step trains on: a pure function of (seed, step), so a resumed run sees what it would have seen."""
 
 from __future__ import annotations
 

@@ -23,9 +23,7 @@ class PromptBuilder:
         self.cache = EmbedCache(config.cache.dir, int(config.cache.max_gib * 2**30))
         self.skips = Skips(config.data)
 
-    def __call__(
-        self, examples: Sequence[Example], change: Change | None = None
-    ) -> tuple[list[Example], list[Prompt]]:
+    def __call__(self, examples: Sequence[Example], change: Change | None = None) -> tuple[list[Example], list[Prompt]]:
         """The examples that can be used, and their prompts.
 
         Raises:

@@ -32,9 +32,13 @@ def load_family(config: ModelConfig, seed: int = 0) -> Family:
         try:
             model_type = json.loads((path / "config.json").read_text())["model_type"]
         except (OSError, KeyError, json.JSONDecodeError) as error:
-            raise ValueError(f"model.path {path}: not a Hugging Face folder (no readable config.json): {error}") from error
+            raise ValueError(
+                f"model.path {path}: not a Hugging Face folder (no readable config.json): {error}"
+            ) from error
     if model_type not in FAMILIES:
-        raise ValueError(f"model.path {config.path}: no family for model_type {model_type!r}; known: {', '.join(FAMILIES)}")
+        raise ValueError(
+            f"model.path {config.path}: no family for model_type {model_type!r}; known: {', '.join(FAMILIES)}"
+        )
     module, name = FAMILIES[model_type].split(":")
     family = getattr(importlib.import_module(module), name)
     return family.tiny(seed, dtype) if path is None else family.load(path, dtype)

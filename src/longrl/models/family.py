@@ -52,7 +52,9 @@ class Family(Protocol):
         """Decodes and encodes a clip, a bounded number of frames at a time; key is left empty."""
         ...
 
-    def encode_frames(self, chunks: Iterable[Frames], max_pixels: int | None = None) -> tuple[Tensor, tuple[int, int, int]]:
+    def encode_frames(
+        self, chunks: Iterable[Frames], max_pixels: int | None = None
+    ) -> tuple[Tensor, tuple[int, int, int]]:
         """Embeddings [V, D] (with gradients if enabled) and grid of frames already decoded."""
         ...
 

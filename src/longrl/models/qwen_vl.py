@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,9 +36,11 @@ class Qwen25VL:
         min_pixels: int,
         max_pixels: int,
     ) -> None:
-        text = model.config.text_config
-        if getattr(text, "use_sliding_window", False) or text.attention_dropout:
-            raise ValueError("model: sliding-window attention and attention dropout are not supported; set both off in config.json")
+        text: Any = model.config.text_config
+        if text.use_sliding_window or text.attention_dropout:
+            raise ValueError(
+                "model: sliding-window attention and attention dropout are not supported; set both off in config.json"
+            )
         self.model, self.tokenizer = model, tokenizer
         self.min_pixels, self.max_pixels = min_pixels, max_pixels
         model.set_attn_implementation({"text_config": ATTENTION, "vision_config": "sdpa"})
@@ -57,7 +60,10 @@ class Qwen25VL:
     @classmethod
     def tiny(cls, seed: int, dtype: torch.dtype) -> Qwen25VL:
         tokenizer = make_tokenizer()
-        ids = tokenizer.convert_tokens_to_ids
+
+        def token_id(token: str) -> int:
+            return int(tokenizer.convert_tokens_to_ids(token))  # pyright: ignore[reportArgumentType]
+
         config = Qwen2_5_VLConfig(
             text_config={
                 "vocab_size": len(tokenizer),
@@ -71,8 +77,8 @@ class Qwen25VL:
                 # the temporal axis tells seconds from hours; the slow half of the frequencies hardly turns in an hour
                 "rope_parameters": {"rope_type": "default", "rope_theta": 1e7, "mrope_section": [8, 4, 4]},
                 "bos_token_id": None,
-                "eos_token_id": ids("<|im_end|>"),
-                "pad_token_id": ids("<|endoftext|>"),
+                "eos_token_id": token_id("<|im_end|>"),
+                "pad_token_id": token_id("<|endoftext|>"),
             },
             vision_config={
                 "depth": 2,
@@ -84,15 +90,16 @@ class Qwen25VL:
                 "window_size": 112,
                 "tokens_per_second": 1,
             },
-            image_token_id=ids("<|image_pad|>"),
-            video_token_id=ids("<|video_pad|>"),
-            vision_start_token_id=ids("<|vision_start|>"),
-            vision_end_token_id=ids("<|vision_end|>"),
+            image_token_id=token_id("<|image_pad|>"),
+            video_token_id=token_id("<|video_pad|>"),
+            vision_start_token_id=token_id("<|vision_start|>"),
+            vision_end_token_id=token_id("<|vision_end|>"),
             tie_word_embeddings=True,
         )
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            model = Qwen2_5_VLForConditionalGeneration(config).to(dtype)
+            model = Qwen2_5_VLForConditionalGeneration(config)
+        model.to(dtype)  # pyright: ignore[reportArgumentType]
         return cls(model, tokenizer, min_pixels=28 * 28, max_pixels=28 * 28)
 
     def save(self, path: Path) -> None:
@@ -112,7 +119,8 @@ class Qwen25VL:
     @property
     def stop_ids(self) -> frozenset[int]:
         eos = self.model.generation_config.eos_token_id if self.model.generation_config else None
-        eos = eos if eos is not None else self.model.config.text_config.eos_token_id
+        text: Any = self.model.config.text_config
+        eos = eos if eos is not None else text.eos_token_id
         return frozenset([eos] if isinstance(eos, int) else eos)
 
     def parts(self) -> TrunkParts:
@@ -144,7 +152,9 @@ class Qwen25VL:
             key="",
         )
 
-    def encode_frames(self, chunks: Iterable[Frames], max_pixels: int | None = None) -> tuple[Tensor, tuple[int, int, int]]:
+    def encode_frames(
+        self, chunks: Iterable[Frames], max_pixels: int | None = None
+    ) -> tuple[Tensor, tuple[int, int, int]]:
         embeds, grid_t, grid_hw = [], 0, (0, 0)
         for pixels in _even_chunks(chunks, self._vision.temporal_patch_size):
             rows, grid = self.patches(pixels, max_pixels)
@@ -168,7 +178,7 @@ class Qwen25VL:
         height, width = frame_size(*pixels.shape[1:3], patch * merge, min(self.min_pixels, limit), limit)
         x = torch.from_numpy(pixels).permute(0, 3, 1, 2)
         x = torch.nn.functional.interpolate(x, (height, width), mode="bicubic", antialias=True)
-        mean, std = (torch.tensor(v).view(3, 1, 1) for v in (MEAN, STD))
+        mean, std = (torch.tensor(v)[:, None, None] for v in (MEAN, STD))
         x = (x.float() / 255 - mean) / std
         t, h, w = len(x) // temporal, height // patch, width // patch
         x = x.view(t, temporal, 3, h // merge, merge, patch, w // merge, merge, patch)
@@ -189,10 +199,12 @@ class Qwen25VL:
             for message in example.messages
         ]
         text = self.tokenizer.apply_chat_template(template, tokenize=False, add_generation_prompt=True)
-        ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        ids = self.tokenizer.encode(text, add_special_tokens=False)  # pyright: ignore[reportArgumentType]
         pad = self.model.config.video_token_id
         if ids.count(pad) != len(media):
-            raise ValueError(f"example {example.id}: {ids.count(pad)} video placeholders in the text for {len(media)} clips")
+            raise ValueError(
+                f"example {example.id}: {ids.count(pad)} video placeholders in the text for {len(media)} clips"
+            )
         token_ids: list[int] = []
         slots: list[tuple[int, int]] = []
         for token in ids:
@@ -203,15 +215,13 @@ class Qwen25VL:
             else:
                 token_ids.append(token)
         positions = self.positions(len(token_ids), media, slots)
-        return Prompt(
-            token_ids=torch.tensor(token_ids), position_ids=positions, media=media, media_slots=tuple(slots)
-        )
+        return Prompt(token_ids=torch.tensor(token_ids), position_ids=positions, media=media, media_slots=tuple(slots))
 
     def positions(self, length: int, media: tuple[MediaEmbeds, ...], slots: list[tuple[int, int]]) -> Tensor:
-        """M-RoPE: text counts up on all three axes; a video's tokens are (seconds, row, column) from where it starts, and
-        the text after it continues at the largest position so far plus one.
+        """M-RoPE: text counts up on all three axes; a video's tokens are (seconds, row, column) from where it starts,
+        and the text after it continues at the largest position so far plus one.
 
-        Differs: transformers 5.18-5.23 continues at start + max(rows, columns), which collides with the video's own times.
+        Differs: transformers 5.18-5.23 continues at start + max(rows, columns), which collides with the video's times.
         Reference: Qwen2.5-VL (arXiv 2502.13923), section 2.1.2.
         """
         merge = self._vision.spatial_merge_size
@@ -229,7 +239,7 @@ class Qwen25VL:
         return out
 
     @property
-    def _vision(self):
+    def _vision(self) -> Any:
         return self.model.config.vision_config
 
 
@@ -240,7 +250,9 @@ def frame_size(height: int, width: int, factor: int, min_pixels: int, max_pixels
         ValueError: an aspect ratio above 200.
     """
     if max(height, width) > MAX_ASPECT * min(height, width):
-        raise ValueError(f"a frame of {width} x {height} pixels is too narrow; the aspect ratio may be at most {MAX_ASPECT}")
+        raise ValueError(
+            f"a frame of {width} x {height} pixels is too narrow; the aspect ratio may be at most {MAX_ASPECT}"
+        )
     h, w = (max(factor, round(side / factor) * factor) for side in (height, width))
     if h * w > max_pixels:
         shrink = math.sqrt(height * width / max_pixels)

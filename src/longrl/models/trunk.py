@@ -38,7 +38,7 @@ class Call:
         self.keys = self.values = None
 
 
-def _attention(module, query, key, value, attention_mask, scaling=None, *, trunk_call: Call, **_):
+def _attention(module, query, key, value, attention_mask, scaling=1.0, *, trunk_call: Call, **_):
     """query [1, H, N*R, d], key, value [1, KV, N*R, d] (streams packed one after the other) -> [1, N*R, H, d]."""
     call = trunk_call
     q, k, v = (x[0].unflatten(1, (call.streams, -1)).transpose(0, 1) for x in (query, key, value))  # [N, heads, R, d]
@@ -57,7 +57,7 @@ AttentionMaskInterface.register(ATTENTION, lambda *args, **kwargs: None)
 
 
 class Block(nn.Module):
-    """One decoder layer that RETURNS its keys and values, so that recomputation and FSDP2's hooks see them as outputs."""
+    """One decoder layer that RETURNS its keys and values: recomputation and FSDP2's hooks see them as outputs."""
 
     def __init__(self, index: int, layer: nn.Module, recompute: bool) -> None:
         super().__init__()

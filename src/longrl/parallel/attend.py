@@ -4,9 +4,9 @@ Softmax over two KV segments is exact when their partial outputs are merged by l
 
     out = exp(lse_1 - lse) out_1 + exp(lse_2 - lse) out_2,    lse = log(exp lse_1 + exp lse_2)
 
-and so is the backward: each segment's ordinary flash backward, given the MERGED out and lse, yields that segment's share
-of the gradients. The prefix is seen in full (no mask), so all streams and all query heads of one KV head are one long
-query: its gradient comes out summed over the streams.
+and so is the backward: each segment's ordinary flash backward, given the MERGED out and lse, yields that segment's
+share of the gradients. The prefix is seen in full (no mask), so all streams and all query heads of one KV head are one
+long query: its gradient comes out summed over the streams.
 
 Reference: FlashAttention-2 (arXiv 2307.08691), section 3.1 for the backward from (out, lse).
 """

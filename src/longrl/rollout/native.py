@@ -81,7 +81,9 @@ class NativeEngine:
                 rows, drawn = rows[going], drawn[going]
             position_ids = (next_position[rows] + t).expand(axes, -1)[..., None]
             hidden = trunk("decode", prefix, own, drawn[:, None], position_ids)
-        done = [self._make_rollout(tokens[n, :r].tolist(), logprobs[n, :r].tolist()) for n, r in enumerate(lengths.tolist())]
+        done = [
+            self._make_rollout(tokens[n, :r].tolist(), logprobs[n, :r].tolist()) for n, r in enumerate(lengths.tolist())
+        ]
         return [done[i : i + size] for i in range(0, len(done), size)]
 
     def _prefill(self, prefix: Prefix, prompts: Sequence[Prompt], limit: int) -> tuple[OwnKV, Tensor]:
@@ -98,7 +100,7 @@ class NativeEngine:
 
     def _make_rollout(self, ids: list[int], logprobs: list[float]) -> Rollout:
         stopped = ids[-1] in self.policy.family.stop_ids
-        text = self.policy.family.tokenizer.decode(ids[:-1] if stopped else ids, skip_special_tokens=False)
+        text = str(self.policy.family.tokenizer.decode(ids[:-1] if stopped else ids, skip_special_tokens=False))
         return Rollout(
             token_ids=tuple(ids),
             logprobs=tuple(logprobs),

@@ -1,0 +1,150 @@
+"""The training programs on real files and the tiny twin: they learn, resume exactly, and write what others can load."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
+
+from longrl.config import ModelConfig
+from longrl.models import load_family
+from longrl.report.metrics import read_metrics
+from longrl.train_rl import train_rl
+from longrl.train_sft import train_sft
+from tests.e2e import rewards
+from tests.e2e.conftest import rl_config, sft_config
+
+EVEN = {"tests.e2e.rewards:first_token_even": 1.0}
+INTERRUPTED = {"tests.e2e.rewards:interrupted": 1.0}
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def same_bits(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_sft_lowers_the_loss(dataset, tmp_path):
+    train_sft(sft_config(dataset, tmp_path, steps=12))
+    losses = [line["loss"] for line in read_metrics(tmp_path / "run" / "metrics.jsonl")]
+    assert len(losses) == 12
+    assert losses[-1] < 0.8 * losses[0]
+
+
+def test_rl_raises_the_reward(dataset, tmp_path):
+    """Half of all first tokens are even; after 18 steps of 128 one-token rollouts nearly all are."""
+    config = rl_config(
+        dataset,
+        tmp_path,
+        steps=18,
+        prompts_per_step=8,
+        rewards=EVEN,
+        optim={"lr": 3e-3},
+        rollout={"group_size": 16, "max_new_tokens": 1},
+    )
+    train_rl(config)
+    lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert 0.3 < lines[0]["reward/mean"] < 0.7
+    assert sum(line["reward/mean"] for line in lines[-3:]) / 3 > 0.9
+    assert max(line["sampling/logprob_diff"] for line in lines) < 1e-5
+    assert {"time/media", "time/prefill", "time/decode", "time/update", "time/optimizer"} <= lines[0].keys()
+    assert lines[-1]["cache/hit_rate"] > lines[0]["cache/hit_rate"] - 1e-9
+
+
+@pytest.mark.parametrize("algo", [{}, {"kl": "k3", "kl_coef": 0.1}, {"normalise": "sequence", "advantage": "rloo"}])
+def test_resume_is_bit_identical(dataset, tmp_path, algo):
+    """Ctrl-C in the middle of step 4 of 5, checkpoints every 2 steps."""
+    common = {"steps": 5, "checkpoint": {"every_steps": 2}, "algo": algo, "rewards": INTERRUPTED}
+    rewards.calls["until_interrupt"] = -1
+    whole = train_rl(rl_config(dataset, tmp_path, **common, run_dir=str(tmp_path / "whole")))
+    config = rl_config(dataset, tmp_path, **common)
+    rewards.calls["until_interrupt"] = 3 * 16 + 5
+    with pytest.raises(KeyboardInterrupt):
+        train_rl(config)
+    assert [line["step"] for line in read_metrics(tmp_path / "run" / "metrics.jsonl")] == [1, 2, 3]
+    resumed = train_rl(config)
+    assert same_bits(weights(whole), weights(resumed))
+    trainer = "../trainer.safetensors"
+    assert same_bits(load_file(whole / trainer), load_file(resumed / trainer))
+
+    def values(run: str) -> list[dict]:
+        timed = ("wall_s", "time/", "cache/")
+        lines = read_metrics(tmp_path / run / "metrics.jsonl")
+        return [{k: v for k, v in line.items() if not k.startswith(timed)} for line in lines]
+
+    assert values("run") == values("whole")
+
+
+def test_sft_resume_is_bit_identical(dataset, tmp_path):
+    whole = train_sft(sft_config(dataset, tmp_path, steps=4, run_dir=str(tmp_path / "whole")))
+    config = sft_config(dataset, tmp_path, steps=4, checkpoint={"every_steps": 2, "keep": 9})
+    train_sft(config)
+    last = tmp_path / "run" / "checkpoints" / "step_000004"
+    (last / "model" / "model.safetensors").write_bytes(b"cut short")
+    assert same_bits(weights(whole), weights(train_sft(config)))
+
+
+def test_checkpoint_loads_in_transformers_with_equal_logits(dataset, tmp_path):
+    folder = train_sft(sft_config(dataset, tmp_path, steps=1))
+    theirs = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder)
+    ours = load_family(ModelConfig(path=str(folder)))
+    ids = AutoTokenizer.from_pretrained(folder)("what comes first?", return_tensors="pt").input_ids
+    ours.model.set_attn_implementation("sdpa")
+    with torch.no_grad():
+        assert torch.equal(theirs(input_ids=ids).logits, ours.model(input_ids=ids).logits)
+
+
+def test_unscored_rollouts_are_not_trained(dataset, tmp_path):
+    train_rl(rl_config(dataset, tmp_path, rewards={"tests.e2e.rewards:sometimes_unknown": 1.0}))
+    lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert all(0 < line["reward/unscored"] < 1 for line in lines)
+
+
+def test_group_without_signal_costs_no_update(dataset, tmp_path):
+    """Every rollout gets the same reward: nothing is trained, the weights do not move."""
+    before = load_family(ModelConfig(path="tiny:qwen2_5_vl"), 0).model.state_dict()
+    folder = train_rl(rl_config(dataset, tmp_path, rewards={"format": 1.0}, steps=1))
+    line = read_metrics(tmp_path / "run" / "metrics.jsonl")[0]
+    assert line["groups/informative"] == 0 and line["grad_norm"] == 0
+    after = load_family(ModelConfig(path=str(folder))).model.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_logprob_mismatch_stops_the_run(dataset, tmp_path):
+    config = rl_config(dataset, tmp_path, rewards=EVEN, algo={"max_logprob_diff": 1e-12})
+    with pytest.raises(RuntimeError, match="log-probs differ by"):
+        train_rl(config)
+
+
+def test_unusable_video_is_raised_or_counted(dataset, tmp_path):
+    import json
+
+    (tmp_path / "bad.mp4").write_bytes(b"not a video")
+    rows = [json.loads(line) for line in dataset.train_rl.read_text().splitlines()]
+    for row in rows:
+        row["video"] = str(dataset.train_rl.parent / row["video"])
+    rows.append({**rows[0], "id": "broken", "video": str(tmp_path / "bad.mp4")})
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = {"train": str(path), "share_media": 3}
+    with pytest.raises(ValueError, match="bad.mp4"):
+        train_rl(rl_config(dataset, tmp_path, data=data, steps=4, rewards=EVEN))
+    skipping = {**data, "on_error": "skip"}
+    train_rl(rl_config(dataset, tmp_path, data=skipping, steps=4, rewards=EVEN, run_dir=str(tmp_path / "skipping")))
+    assert read_metrics(tmp_path / "skipping" / "metrics.jsonl")[-1]["data/skipped"] == 1
+    with pytest.raises(ValueError, match="max_skips"):
+        train_rl(
+            rl_config(
+                dataset,
+                tmp_path,
+                data={**skipping, "max_skips": 0},
+                steps=4,
+                rewards=EVEN,
+                run_dir=str(tmp_path / "capped"),
+            )
+        )
