@@ -62,3 +62,28 @@ def test_extending_configuration_is_accepted(tmp_path):
         added.write_text(text)
         config = load_config([base, added])
         assert config.model_dump() != load_config([base]).model_dump()
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.name != "config.md"], ids=lambda page: page.name)
+def test_pages_are_short_and_name_what_exists(page):
+    text = page.read_text(encoding="utf-8")
+    assert len(text.splitlines()) < 150
+    links = [link for link in re.findall(r"\]\((?!https?:)([^)#]+)", text) if not (page.parent / link).exists()]
+    assert links == []
+    missing = []
+    for path, _, name in re.findall(r"`((?:src|tests|docs|configs|benchmarks)/[\w./-]*)(::(\w+))?`", text):
+        file = ROOT / path
+        if not file.exists() or (name and f"\ndef {name}(" not in file.read_text(encoding="utf-8")):
+            missing.append(f"{path} {name}")
+    assert missing == []
+
+
+def test_architecture_has_a_line_for_every_source_file():
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    tree = text.partition("```\nsrc/longrl/\n")[2].partition("```")[0]
+    named = [line.split()[0] for line in tree.splitlines()]
+    source = ROOT / "src" / "longrl"
+    files = {path.relative_to(source).as_posix() for path in source.rglob("*") if path.suffix in (".py", ".css")}
+    plain = {name for name in files if name.endswith("__init__.py")}
+    assert named == sorted(named)
+    assert files - plain <= set(named) <= files
