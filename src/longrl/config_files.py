@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import difflib
 import json
-import os
 import re
-import tempfile
 import typing
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -20,6 +18,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from longrl.config import AnyConfig
+from longrl.files import write_whole
 
 KINDS: dict[str, type[BaseModel]] = {
     model.model_fields["kind"].default: model for model in typing.get_args(typing.get_args(AnyConfig)[0])
@@ -110,21 +109,7 @@ def save_config(config: BaseModel, path: Path) -> None:
     Raises:
         OSError: the file cannot be written; carries the path.
     """
-    text = yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False)
-    temporary = None
-    try:
-        with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, suffix=".tmp", delete=False) as file:
-            temporary = Path(file.name)
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        error.filename = str(path)  # a failed write does not say where
-        raise
-    finally:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
+    write_whole(path, yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False))
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

@@ -10,13 +10,13 @@ from __future__ import annotations
 import base64
 import io
 import math
-import os
 from collections.abc import Iterable, Mapping
 from html import escape
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from longrl.files import write_whole
 from longrl.report.headline import headline_html, plain, standard_error
 from longrl.report.plots import PARTS, Series, area_chart, bar_chart, line_chart, smoothing
 from longrl.report.run_files import STAGES, RunFiles, read_run
@@ -71,9 +71,8 @@ def write_report(run_dir: Path) -> Path:
         f"<style>{resources.files('longrl.report').joinpath('page.css').read_text(encoding='utf-8')}</style></head>"
         f"<body><main>{''.join(f'<section>{section}</section>' for section in sections)}</main></body></html>\n"
     )
-    path, beside = run_dir / "report.html", run_dir / "report.html.tmp"
-    beside.write_text(page, encoding="utf-8")
-    os.replace(beside, path)
+    path = run_dir / "report.html"
+    write_whole(path, page)
     return path
 
 

@@ -16,13 +16,14 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, SupportsFloat
+
+from longrl.files import write_whole
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -145,6 +146,4 @@ def _drop_lines(path: Path, resume_from: int) -> None:
     if not path.exists():
         return
     kept = [json.dumps(record) + "\n" for record in read_metrics(path) if record["step"] < resume_from]
-    beside = path.with_suffix(".tmp")
-    beside.write_text("".join(kept), encoding="utf-8")
-    os.replace(beside, path)
+    write_whole(path, "".join(kept))

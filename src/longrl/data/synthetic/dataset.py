@@ -24,6 +24,7 @@ from longrl.data.synthetic import paint, world
 from longrl.data.synthetic import render as rendering
 from longrl.data.synthetic.questions import Question, ask, response
 from longrl.data.synthetic.world import Story, make_story
+from longrl.files import write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -105,7 +106,7 @@ def build_dataset(config: SyntheticConfig) -> Dataset:
         videos=tuple(folder / name for name in named),
     )
     for path, rows in ((dataset.train_sft, sft), (dataset.train_rl, rl), (dataset.test, held_out)):
-        _write_whole(path, "".join(json.dumps(row) + "\n" for row in rows))
+        write_whole(path, "".join(json.dumps(row) + "\n" for row in rows))
     return dataset
 
 
@@ -161,7 +162,7 @@ def _render_missing(folder: Path, recipes: dict[str, Recipe]) -> None:
         for future in as_completed(futures):
             name = futures[future]
             manifest[name] = {**asdict(missing[name]), "bytes": future.result()}
-            _write_whole(manifest_path, json.dumps(manifest, indent=1, sort_keys=True) + "\n")
+            write_whole(manifest_path, json.dumps(manifest, indent=1, sort_keys=True) + "\n")
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -227,13 +228,3 @@ def _rows(video: str, stage: str, questions: list[Question]) -> Iterator[dict[st
             "kind": question.kind,
             "category": question.category,
         }
-
-
-def _write_whole(path: Path, text: str) -> None:
-    """Write a text file that is never seen half-written."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        partial.write_text(text)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
