@@ -13,6 +13,7 @@ from longrl.rewards.format import parse_answer, parse_thought
 from longrl.rollout.native import NativeEngine
 from longrl.types import Clip, Example, Message
 from longrl.video.commands import parse_time
+from longrl.video.decode import count_frames
 from longrl.video.encode import embed
 
 
@@ -35,11 +36,13 @@ def generate_command(
 
     if not prompt.strip():
         raise ValueError("the prompt is empty; write the question")
-    policy = Policy(load_family(ModelConfig(path=model), seed))
+    config = RolloutConfig(group_size=n, max_new_tokens=max_new_tokens, temperature=temperature)
     clips = () if video is None else (_clip(video, fps, num_frames, start, end),)
+    for clip in clips:
+        count_frames(clip)  # a video that cannot be used is known before a large model is read
+    policy = Policy(load_family(ModelConfig(path=model), seed))
     example = Example(id="prompt", messages=(Message(role="user", content=(*clips, prompt)),), answer=None, kind="open")
     media = tuple(embed(clip, policy.family, None) for clip in clips)
-    config = RolloutConfig(group_size=n, max_new_tokens=max_new_tokens, temperature=temperature)
     with torch.no_grad():
         ((groups, _),) = NativeEngine(policy, config).rollout([example], [policy.family.prompt(example, media)], [seed])
     rollouts = groups[0].rollouts

@@ -88,6 +88,18 @@ class MediaEmbeds:
     deepstack: Tensor | None = None
     """[K, V, D] or None."""
 
+    def __post_init__(self) -> None:
+        shape, (t, h, w) = tuple(self.embeds.shape), self.grid_thw
+        # a slice of the embeddings (of a shard) is fine, more of them than patches are not
+        if len(shape) != 2 or shape[0] > t * h * w:
+            raise AssertionError(f"media {self.key}: embeddings {shape} of a grid of {t} x {h} x {w} patches")
+        if self.timestamps_s.ndim != 1 or len(self.timestamps_s) < t:
+            raise AssertionError(
+                f"media {self.key}: timestamps {tuple(self.timestamps_s.shape)} for {t} temporal patches"
+            )
+        if self.deepstack is not None and tuple(self.deepstack.shape[1:]) != shape:
+            raise AssertionError(f"media {self.key}: deepstack {tuple(self.deepstack.shape)} beside embeddings {shape}")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Message:
@@ -212,6 +224,11 @@ class Group:
     prompt: Prompt
     rollouts: tuple[Rollout, ...]
 
+    def __post_init__(self) -> None:
+        versions = {rollout.policy_version for rollout in self.rollouts}
+        if len(versions) != 1:
+            raise AssertionError(f"group {self.id}: rollouts of one policy expected, got versions {sorted(versions)}")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scored:
@@ -237,6 +254,15 @@ class LossInputs:
     """[N]"""
     mask: Tensor
     """bool; True = a trained response token."""
+
+    def __post_init__(self) -> None:
+        shape = tuple(self.logprobs.shape)
+        others = {"old_logprobs": self.old_logprobs, "ref_logprobs": self.ref_logprobs, "mask": self.mask}
+        wrong = [name for name, x in others.items() if x is not None and tuple(x.shape) != shape]
+        if len(shape) != 2 or tuple(self.advantages.shape) != shape[:1] or wrong:
+            raise AssertionError(
+                f"log-probs {shape} with advantages {tuple(self.advantages.shape)} and {', '.join(wrong) or 'the rest'}"
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

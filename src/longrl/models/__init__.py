@@ -18,7 +18,8 @@ def load_family(config: ModelConfig, seed: int = 0) -> Family:
     """Loads a checkpoint folder, or makes the tiny twin for `tiny:FAMILY`.
 
     Raises:
-        ValueError: no such folder, no config.json in it, or a model_type that no family handles.
+        ValueError: no such folder, no config.json in it, a model_type that no family handles, or weights that are
+            missing or unreadable.
     """
     import importlib
 
@@ -31,9 +32,10 @@ def load_family(config: ModelConfig, seed: int = 0) -> Family:
         path = Path(config.path)
         try:
             model_type = json.loads((path / "config.json").read_text())["model_type"]
-        except (OSError, KeyError, json.JSONDecodeError) as error:
+        except (OSError, KeyError, TypeError, ValueError) as error:
             raise ValueError(
-                f"model.path {path}: not a Hugging Face folder (no readable config.json): {error}"
+                f"model.path {path}: not a Hugging Face folder (no config.json with a model_type: {error}); "
+                "download or export one, or use tiny:FAMILY"
             ) from error
     if model_type not in FAMILIES:
         raise ValueError(

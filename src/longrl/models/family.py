@@ -24,7 +24,8 @@ class Family(Protocol):
 
     @classmethod
     def load(cls, path: Path, dtype: torch.dtype) -> Self:
-        """Reads a Hugging Face folder. Raises ValueError when the folder is not one of this family."""
+        """Reads a Hugging Face folder. Raises ValueError when the folder is not one of this family, or weights are
+        missing, of another size or unreadable."""
         ...
 
     @classmethod
@@ -33,12 +34,12 @@ class Family(Protocol):
         ...
 
     def save(self, path: Path) -> None:
-        """Writes a Hugging Face folder that `load` and `from_pretrained` read back with equal logits."""
+        """Writes a complete Hugging Face folder, which `load` and `from_pretrained` read back with equal logits."""
         ...
 
     @property
     def encoder_id(self) -> str:
-        """Identifies preprocessing, encoder weights and dtype: part of every cache key."""
+        """Identifies preprocessing, encoder weights and dtype: part of every cache key. Computed once."""
         ...
 
     @property

@@ -4,24 +4,42 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+)
+from transformers.utils import logging as transformers_logging
 
+from longrl.models.qwen_processor import (
+    DEFAULT_LIMITS,
+    MEAN,
+    PROCESSOR_FILES,
+    STD,
+    frame_size,
+    make_processor_files,
+    pixel_limits,
+)
 from longrl.models.tiny import make_tokenizer
 from longrl.models.trunk import ATTENTION, TrunkParts
-from longrl.types import Clip, Example, Frames, MediaEmbeds, Prompt
+from longrl.types import Clip, Example, Frames, MediaEmbeds, MediaError, Prompt
 
-MEAN = (0.48145466, 0.4578275, 0.40821073)
-STD = (0.26862954, 0.26130258, 0.27577711)
-MAX_ASPECT = 200
-PREPROCESSOR_FILE = "video_preprocessor_config.json"
+PREPROCESSING = 1
+"""Raise it when `patches` or the regrouping of frames changes: cached embeddings are then made again."""
+VIDEO_TOKEN = "<|video_pad|>"
 
 
 class Qwen25VL:
@@ -33,29 +51,43 @@ class Qwen25VL:
         self,
         model: Qwen2_5_VLForConditionalGeneration,
         tokenizer: PreTrainedTokenizerBase,
-        min_pixels: int,
-        max_pixels: int,
+        processor_files: dict[str, str],
     ) -> None:
+        """processor_files: name -> text of the PROCESSOR_FILES of this checkpoint; `save` writes them again."""
         text: Any = model.config.text_config
         if text.use_sliding_window or text.attention_dropout:
             raise ValueError(
-                "model: sliding-window attention and attention dropout are not supported; set both off in config.json"
+                "sliding-window attention and attention dropout are not supported; set both off in config.json"
             )
-        self.model, self.tokenizer = model, tokenizer
-        self.min_pixels, self.max_pixels = min_pixels, max_pixels
+        self.model, self.tokenizer, self.processor_files = model, tokenizer, processor_files
+        self.min_pixels, self.max_pixels = pixel_limits(processor_files)
         model.set_attn_implementation({"text_config": ATTENTION, "vision_config": "sdpa"})
         model.eval()
 
     @classmethod
     def load(cls, path: Path, dtype: torch.dtype) -> Qwen25VL:
-        model = Qwen2_5_VLForConditionalGeneration.from_pretrained(path, dtype=dtype)
-        tokenizer = AutoTokenizer.from_pretrained(path)
-        limits = {"min_pixels": 128 * 28 * 28, "max_pixels": 768 * 28 * 28}
-        for name in ("preprocessor_config.json", PREPROCESSOR_FILE):
-            if (path / name).exists():
-                saved = json.loads((path / name).read_text())
-                limits |= {key: saved[key] for key in limits if saved.get(key)}
-        return cls(model, tokenizer, **limits)
+        try:
+            with _only_errors():
+                # sizes that differ are listed rather than raised, so that the message can name them
+                model, info = Qwen2_5_VLForConditionalGeneration.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]
+                    path, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
+                )
+            _refuse_missing(info)
+            tokenizer = AutoTokenizer.from_pretrained(path)
+            if tokenizer.convert_tokens_to_ids(VIDEO_TOKEN) != model.config.video_token_id:
+                raise ValueError(f"its tokenizer does not have {VIDEO_TOKEN} where config.json says; copy it again")
+            if not tokenizer.chat_template:
+                raise ValueError("its tokenizer has no chat template; add chat_template.jinja")
+            files = {name: (path / name).read_text() for name in PROCESSOR_FILES if (path / name).exists()}
+            return cls(model, tokenizer, files or make_processor_files(model.config.vision_config, *DEFAULT_LIMITS))
+        except SafetensorError as error:
+            raise ValueError(f"model.path {path}: its weights cannot be read ({error}); copy them again") from error
+        except ValueError as error:
+            raise ValueError(f"model.path {path}: {error}") from error
+        except OSError as error:
+            if error.errno is not None:
+                raise
+            raise ValueError(f"model.path {path}: {error}") from error
 
     @classmethod
     def tiny(cls, seed: int, dtype: torch.dtype) -> Qwen25VL:
@@ -67,6 +99,7 @@ class Qwen25VL:
         config = Qwen2_5_VLConfig(
             text_config={
                 "vocab_size": len(tokenizer),
+                "initializer_range": 0.08,
                 "hidden_size": 128,
                 "intermediate_size": 384,
                 "num_hidden_layers": 4,
@@ -74,14 +107,15 @@ class Qwen25VL:
                 "num_key_value_heads": 2,
                 "max_position_embeddings": 1 << 18,
                 "tie_word_embeddings": True,
-                # the temporal axis tells seconds from hours; the slow half of the frequencies hardly turns in an hour
-                "rope_parameters": {"rope_type": "default", "rope_theta": 1e7, "mrope_section": [8, 4, 4]},
+                # fast enough to tell neighbours apart, slow enough to find the same thing an hour away
+                "rope_parameters": {"rope_type": "default", "rope_theta": 1e5, "mrope_section": [12, 2, 2]},
                 "bos_token_id": None,
                 "eos_token_id": token_id("<|im_end|>"),
                 "pad_token_id": token_id("<|endoftext|>"),
             },
             vision_config={
                 "depth": 2,
+                "initializer_range": 0.08,
                 "hidden_size": 64,
                 "intermediate_size": 128,
                 "num_heads": 2,
@@ -98,22 +132,32 @@ class Qwen25VL:
         )
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            model = Qwen2_5_VLForConditionalGeneration(config)
-        model.to(dtype)  # pyright: ignore[reportArgumentType]
-        return cls(model, tokenizer, min_pixels=28 * 28, max_pixels=28 * 28)
+            # not .to(dtype): that would round the rotary frequencies too, which loading keeps in fp32
+            model = AutoModelForImageTextToText.from_config(config, dtype=dtype)
+        return cls(model, tokenizer, make_processor_files(config.vision_config, 28 * 28, 28 * 28))
 
     def save(self, path: Path) -> None:
         self.model.save_pretrained(path)
         self.tokenizer.save_pretrained(path)
-        limits = {"min_pixels": self.min_pixels, "max_pixels": self.max_pixels}
-        (path / PREPROCESSOR_FILE).write_text(json.dumps(limits, indent=2) + "\n")
+        for name, text in self.processor_files.items():
+            (path / name).write_text(text)
 
-    @property
+    @cached_property
     def encoder_id(self) -> str:
-        digest = hashlib.sha256(f"{self.model_type} v1 {self.min_pixels} {self.max_pixels} {self.model.dtype}".encode())
+        """Hashed at the first use and kept, because training leaves the tower as it is. Whoever does train it, as
+        warm_start.py does, saves the model and asks the one that is loaded from there."""
+        base = PreTrainedConfig().to_dict().keys()
+        about = {
+            "family": self.model_type,
+            "preprocessing": [PREPROCESSING, self.min_pixels, self.max_pixels],
+            "dtype": str(self.model.dtype),
+            # without what every config has: the version of transformers, labels, ...
+            "vision_config": {key: value for key, value in self._vision.to_dict().items() if key not in base},
+        }
+        digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
         for name, tensor in sorted(self.model.model.visual.state_dict().items()):
             digest.update(name.encode())
-            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
         return digest.hexdigest()
 
     @property
@@ -138,6 +182,10 @@ class Qwen25VL:
 
         def chunks() -> Iterator[Frames]:
             for frames in read_frames(clip):
+                try:
+                    self._size(frames.pixels, clip.max_pixels)
+                except ValueError as error:
+                    raise MediaError(f"{clip.path}: {error}") from error
                 times.append(frames.timestamps_s)
                 yield frames
 
@@ -174,8 +222,7 @@ class Qwen25VL:
         """
         vision = self._vision
         patch, merge, temporal = vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size
-        limit = min(self.max_pixels, max_pixels or self.max_pixels)
-        height, width = frame_size(*pixels.shape[1:3], patch * merge, min(self.min_pixels, limit), limit)
+        height, width = self._size(pixels, max_pixels)
         x = torch.from_numpy(pixels).permute(0, 3, 1, 2)
         x = torch.nn.functional.interpolate(x, (height, width), mode="bicubic", antialias=True)
         mean, std = (torch.tensor(v)[:, None, None] for v in (MEAN, STD))
@@ -184,6 +231,12 @@ class Qwen25VL:
         x = x.view(t, temporal, 3, h // merge, merge, patch, w // merge, merge, patch)
         x = x.permute(0, 3, 6, 4, 7, 2, 1, 5, 8).reshape(t * h * w, -1)
         return x.to(self.model.dtype), (t, h, w)
+
+    def _size(self, pixels: np.ndarray, max_pixels: int | None) -> tuple[int, int]:
+        limit = min(self.max_pixels, max_pixels or self.max_pixels)
+        factor = self._vision.patch_size * self._vision.spatial_merge_size
+        height, width = pixels.shape[1:3]
+        return frame_size(height, width, factor, min(self.min_pixels, limit), limit)
 
     # ---- prompts
 
@@ -243,26 +296,6 @@ class Qwen25VL:
         return self.model.config.vision_config
 
 
-def frame_size(height: int, width: int, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
-    """The size a frame is resized to: multiples of `factor`, area within limits, aspect kept as well as may be.
-
-    Raises:
-        ValueError: an aspect ratio above 200.
-    """
-    if max(height, width) > MAX_ASPECT * min(height, width):
-        raise ValueError(
-            f"a frame of {width} x {height} pixels is too narrow; the aspect ratio may be at most {MAX_ASPECT}"
-        )
-    h, w = (max(factor, round(side / factor) * factor) for side in (height, width))
-    if h * w > max_pixels:
-        shrink = math.sqrt(height * width / max_pixels)
-        h, w = (max(factor, math.floor(side / shrink / factor) * factor) for side in (height, width))
-    elif h * w < min_pixels:
-        grow = math.sqrt(min_pixels / (height * width))
-        h, w = (math.ceil(side * grow / factor) * factor for side in (height, width))
-    return h, w
-
-
 def _even_chunks(chunks: Iterable[Frames], multiple: int) -> Iterator[np.ndarray]:
     """Regroups frames so that every chunk is whole temporal patches; the last frame repeats to fill the last patch, as
     the model's own preprocessing does."""
@@ -282,3 +315,27 @@ def _seconds_per_grid(clip: Clip, timestamps: Tensor, temporal_patch: int) -> fl
         return temporal_patch / clip.fps
     span = float(timestamps[-1] - timestamps[0])
     return temporal_patch * span / (len(timestamps) - 1) if len(timestamps) > 1 else 1.0
+
+
+def _refuse_missing(info: dict[str, Any]) -> None:
+    """An error where transformers fills in random numbers: what a checkpoint lacks, or has in another size."""
+    missing = sorted(info["missing_keys"] | {key for key, *_ in info["mismatched_keys"]})
+    if missing:
+        names = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
+        raise ValueError(
+            f"{len(missing)} weights are missing or of another size than config.json says: {names}; copy them again"
+        )
+
+
+@contextmanager
+def _only_errors() -> Iterator[None]:
+    """Keeps transformers' progress bar and table of weights off the terminal; what matters of them is raised."""
+    level, bar = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        if bar:
+            transformers_logging.enable_progress_bar()

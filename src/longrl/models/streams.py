@@ -39,6 +39,11 @@ def split_length(prompts: Sequence[Prompt]) -> int:
     At least one token of each is left out, because a prompt's last token predicts the response and so belongs to the
     stream. The prompts must hold the same media, all of it within the shared part (see `cohorts`).
     """
+    for prompt in prompts:
+        if prompt.media_slots and prompt.media_slots[-1][1] == len(prompt):
+            raise AssertionError(
+                f"a prompt of {len(prompt)} tokens ends with media; its last token predicts the response, so is text"
+            )
     first = prompts[0]
     length = min(len(prompt) for prompt in prompts) - 1
     for other in prompts[1:]:

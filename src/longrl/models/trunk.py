@@ -47,6 +47,7 @@ def _attention(module, query, key, value, attention_mask, scaling=1.0, *, trunk_
         out = attend_decode(q, *call.own.write(call.layer, k, v), call.prefix, scaling)
     else:
         out = attend(q, k, v, call.prefix, scaling)
+    if call.prefix is None:
         # a view returned from a Block would lose FSDP2's backward hook
         call.keys, call.values = key[0].clone(), value[0].clone()
     return out.transpose(1, 2).flatten(0, 1)[None], None
@@ -57,7 +58,10 @@ AttentionMaskInterface.register(ATTENTION, lambda *args, **kwargs: None)
 
 
 class Block(nn.Module):
-    """One decoder layer that RETURNS its keys and values: recomputation and FSDP2's hooks see them as outputs."""
+    """One decoder layer that RETURNS its keys and values: recomputation and FSDP2's hooks see them as outputs.
+
+    They are None where there is a prefix already: nobody continues a stream's own keys and values from here.
+    """
 
     def __init__(self, index: int, layer: nn.Module, recompute: bool) -> None:
         super().__init__()
@@ -129,9 +133,10 @@ class Trunk(nn.Module):
             hidden, _, _ = block(hidden, rope, count, k, v)
         mask = streams.mask.flatten()
         logprobs, entropy = self._score(hidden[0][mask], streams.labels.flatten()[mask], temperature)
+        where = (mask.nonzero()[:, 0],)
         zeros = logprobs.new_zeros(mask.shape)
-        where = mask.nonzero()[:, 0]
-        return (zeros.index_put((where,), x).view_as(streams.mask) for x in (logprobs, entropy))  # pyright: ignore
+        logprobs, entropy = zeros.index_put(where, logprobs), zeros.index_put(where, entropy)
+        return logprobs.view_as(streams.mask), entropy.view_as(streams.mask)
 
     @torch.no_grad()
     def decode(self, prefix: Prefix, own: OwnKV, token_ids: Tensor, position_ids: Tensor) -> Tensor:

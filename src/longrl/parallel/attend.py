@@ -23,6 +23,10 @@ _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_bac
 def attend(q: Tensor, k: Tensor, v: Tensor, prefix: tuple[Tensor, Tensor] | None, scale: float) -> Tensor:
     """Exact attention of N streams over their shared prefix and their own causal past.
 
+    Only the CPU has the fast path. On any other device this is `attend_plain`: the same values and gradients, but the
+    prefix is copied for every stream, and logits and mask of all R x (P + R) pairs are in memory at once. That is right
+    for small models and for tests; an hour of video does not fit.
+
     Args:
         q: [N, H, R, d] queries; H is a multiple of KV.
         k, v: [N, KV, R, d] each stream's own keys and values.
@@ -39,7 +43,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, prefix: tuple[Tensor, Tensor] | None
 
 
 def attend_plain(q: Tensor, k: Tensor, v: Tensor, prefix: tuple[Tensor, Tensor] | None, scale: float) -> Tensor:
-    """The slow twin of `attend`: one softmax over the concatenated keys, by autograd."""
+    """The slow twin of `attend`: one softmax over the concatenated keys, by autograd. Arguments as there."""
     streams, heads, length, _ = q.shape
     repeat = heads // k.shape[1]
     mask = torch.ones(length, length, dtype=torch.bool, device=q.device).tril()
