@@ -36,6 +36,8 @@ def generate_command(
 
     if not prompt.strip():
         raise ValueError("the prompt is empty; write the question")
+    if video is None and (fps, num_frames, start, end) != (None,) * 4:
+        raise ValueError("--fps, --num-frames, --start and --end say how to look at a video; give --video too")
     config = RolloutConfig(group_size=n, max_new_tokens=max_new_tokens, temperature=temperature)
     clips = () if video is None else (_clip(video, fps, num_frames, start, end),)
     for clip in clips:

@@ -137,7 +137,8 @@ class Qwen25VL:
         return cls(model, tokenizer, make_processor_files(config.vision_config, 28 * 28, 28 * 28))
 
     def save(self, path: Path) -> None:
-        self.model.save_pretrained(path)
+        with _only_errors():
+            self.model.save_pretrained(path)
         self.tokenizer.save_pretrained(path)
         for name, text in self.processor_files.items():
             (path / name).write_text(text)
@@ -329,7 +330,7 @@ def _refuse_missing(info: dict[str, Any]) -> None:
 
 @contextmanager
 def _only_errors() -> Iterator[None]:
-    """Keeps transformers' progress bar and table of weights off the terminal; what matters of them is raised."""
+    """Keeps transformers' progress bars and table of weights off the terminal; what matters of them is raised."""
     level, bar = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
