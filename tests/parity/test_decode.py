@@ -64,7 +64,7 @@ def test_rollouts_of_a_group_differ_and_repeat():
 
 def test_draws_follow_the_distribution():
     """First tokens of many rollouts against their probabilities: total variation within 4 standard errors."""
-    policy, [(groups, prefix)] = roll(torch.float32, QUESTIONS[:1], group_size=4000, limit=1, temperature=0.05)
+    _, [(groups, _)] = roll(torch.float32, QUESTIONS[:1], group_size=4000, limit=1, temperature=0.05)
     firsts = torch.tensor([one.token_ids[0] for one in groups[0].rollouts])
     seen = {int(t): groups[0].rollouts[i].logprobs[0] for i, t in enumerate(firsts)}
     for token, logprob in seen.items():
