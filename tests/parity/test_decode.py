@@ -16,11 +16,11 @@ from tests.parity.test_shared_prefix import make_prompts, plain
 QUESTIONS = ["what comes first?", "where is the red circle?", "who?"]
 
 
-def roll(dtype, questions, *, temperature=1.0, group_size=4, limit=12):
+def roll(dtype, questions, *, temperature=1.0, group_size=4, limit=12, **settings):
     policy = Policy(Qwen25VL.tiny(0, dtype))
     prompts = make_prompts(policy.family, 60, questions)
     examples = [Example(id=f"q{i}", messages=(), answer=None, kind="open") for i in range(len(prompts))]
-    config = RolloutConfig(group_size=group_size, max_new_tokens=limit, temperature=temperature)
+    config = RolloutConfig(group_size=group_size, max_new_tokens=limit, temperature=temperature, **settings)
     with torch.no_grad():
         cohorts = list(NativeEngine(policy, config).rollout(examples, prompts, list(range(len(prompts)))))
     return policy, cohorts
@@ -53,6 +53,16 @@ def test_a_rollout_does_not_depend_on_its_batch():
     _, [(together, _)] = roll(torch.float64, QUESTIONS)
     _, [(alone, _)] = roll(torch.float64, QUESTIONS[:1])
     assert [one.token_ids for one in together[0].rollouts] == [one.token_ids for one in alone[0].rollouts]
+
+
+@pytest.mark.parametrize("most", [1, 8])
+def test_questions_that_take_turns_draw_what_they_draw_together(most):
+    """Groups of 4, one or two at a time, over one prefill; fp64 as above."""
+    _, [(together, _)] = roll(torch.float64, QUESTIONS)
+    _, [(in_turns, _)] = roll(torch.float64, QUESTIONS, max_streams=most)
+    assert [[one.token_ids for one in group.rollouts] for group in in_turns] == [
+        [one.token_ids for one in group.rollouts] for group in together
+    ]
 
 
 def test_rollouts_of_a_group_differ_and_repeat():

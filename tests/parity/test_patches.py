@@ -87,7 +87,7 @@ def test_sizes_against_transformers():
 
 
 def test_chunks_do_not_matter(family):
-    """Seven frames in one piece or in odd ones; the last is shown twice. The tower looks at each temporal patch alone, so
+    """Seven frames in one piece or in odd ones; the last is shown twice. Each temporal patch is seen alone, so
     only the order of summation in matrices of other heights may differ."""
     pixels, times = noise(7, 56, 56), np.arange(7.0)
 

@@ -57,6 +57,8 @@ def make_processor_files(vision: Any, min_pixels: int, max_pixels: int) -> dict[
 def frame_size(height: int, width: int, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
     """The size a frame is resized to: multiples of `factor`, area within limits, aspect kept as well as may be.
 
+    No side gets below `factor`, so a very narrow frame may exceed max_pixels, as it does in transformers.
+
     Raises:
         ValueError: an aspect ratio above 200.
     """

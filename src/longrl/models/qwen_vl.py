@@ -73,6 +73,10 @@ class Qwen25VL:
                     path, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
                 )
             _refuse_missing(info)
+            for parameter in model.parameters():
+                # as read, tensors lie in memory as in the file, and products round differently by alignment: a resumed
+                # run would leave the path of one that never stopped
+                parameter.data = parameter.data.clone()
             tokenizer = AutoTokenizer.from_pretrained(path)
             if tokenizer.convert_tokens_to_ids(VIDEO_TOKEN) != model.config.video_token_id:
                 raise ValueError(f"its tokenizer does not have {VIDEO_TOKEN} where config.json says; copy it again")

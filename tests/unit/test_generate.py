@@ -1,0 +1,106 @@
+"""`longrl generate` on a real video and a saved tiny model."""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from media import render
+
+from longrl.cli import app
+from longrl.errors import run_guarded
+from longrl.models.qwen_vl import Qwen25VL
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> tuple[Path, Path]:
+    """A ten-second video and a model folder."""
+    folder = tmp_path_factory.mktemp("generate")
+    Qwen25VL.tiny(0, torch.float32).save(folder / "model")
+    return render(folder / "clip.mp4", [i / 5 for i in range(50)]), folder / "model"
+
+
+@pytest.fixture
+def generate(world, capfd):
+    """Runs the command as `longrl` does, but in this process: status, output, errors."""
+    video, model = world
+    before = signal.getsignal(signal.SIGTERM)
+
+    def run(*options: object, video: object = video, model: object = model) -> tuple[int, str, str]:
+        given = ["what?", "--model", model, *([] if video is None else ["--video", video]), *options]
+        status = run_guarded(lambda: app([*map(str, ["generate", *given])], prog_name="longrl"), False)
+        return status, *capfd.readouterr()
+
+    yield run
+    signal.signal(signal.SIGTERM, before)
+
+
+def test_default_arguments(longrl, world):
+    video, model = world
+    done = longrl("generate", "what?", "--model", model, "--video", video, "--max-new-tokens", 8)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.endswith("\n")
+
+
+def test_several_answers_as_json(generate):
+    status, out, err = generate("--n", 3, "--json", "--max-new-tokens", 8)
+    assert (status, err) == (0, "")
+    said = json.loads(out)
+    assert [set(one) for one in said["responses"]] == [{"text", "thought", "answer"}] * 3
+    assert len({one["text"] for one in said["responses"]}) == 3
+    _, text, _ = generate("--n", 3, "--max-new-tokens", 8)
+    assert text == "".join(one["text"] + "\n" for one in said["responses"])
+
+
+def test_a_seed_decides_and_temperature_zero_ignores_it(generate):
+    def texts(*options: object) -> str:
+        return generate("--max-new-tokens", 12, *options)[1]
+
+    assert texts("--seed", 1) == texts("--seed", 1) != texts("--seed", 2)
+    assert texts("--temperature", 0, "--seed", 1) == texts("--temperature", 0, "--seed", 2)
+    assert len(set(texts("--temperature", 0, "--n", 3).splitlines())) == 1
+
+
+def test_the_span_and_sampling_decide_what_is_seen(generate):
+    """One token for every two frames of 28 x 28 pixels."""
+
+    def tokens(*options: object, **changes: object) -> int:
+        return json.loads(generate("--json", "--max-new-tokens", 1, *options, **changes)[1])["prompt_tokens"]
+
+    text = tokens(video=None)
+    bare = tokens() - 5  # ten frames, at one a second
+    assert bare == text + 2  # and what encloses a video
+    assert tokens("--fps", 2) == bare + 10
+    assert tokens("--num-frames", 7) == bare + 4
+    assert tokens("--start", 2, "--end", "0:06") == bare + 2
+
+
+@pytest.mark.parametrize(
+    ("options", "changes", "line"),
+    [
+        ([], {"video": "gone.mp4"}, "gone.mp4: no such file"),
+        ([], {"video": __file__}, "test_generate.py"),
+        ([], {"model": "gone"}, "model.path gone: not a Hugging Face folder"),
+        ([], {"model": "tiny:gone"}, "no family for model_type 'gone'"),
+        (["--start", 5, "--end", 2], {}, "the span 5.0 s to 2.0 s is empty"),
+        (["--start", 50], {}, "is not within the video"),
+        (["--start", "soon"], {}, "--start: got 'soon'"),
+        (["--fps", 1, "--num-frames", 3], {}, "exactly one of fps (got 1.0) and num_frames (got 3)"),
+        (["--num-frames", 9000], {}, "num_frames must be 1 to 8192"),
+        (["--fps", 1], {"video": None}, "give --video too"),
+    ],
+)
+def test_an_error_is_one_line(generate, options, changes, line):
+    status, out, err = generate(*options, **changes)
+    assert (status, out) == (2, "")
+    assert err.startswith("longrl: error: ")
+    assert err.count("\n") == 1
+    assert line in err
+
+
+def test_an_empty_question(capfd, world):
+    assert run_guarded(lambda: app(["generate", " ", "--model", str(world[1])]), False) == 2
+    assert capfd.readouterr().err == "longrl: error: the prompt is empty; write the question\n"
