@@ -8,7 +8,17 @@ from pathlib import Path
 
 import typer
 
-from longrl.config import AnyConfig, QuickstartConfig, RlConfig, RunConfig, SftConfig, TrainConfig
+from longrl.config import (
+    AnyConfig,
+    DataRunConfig,
+    LoopConfig,
+    ModelConfig,
+    QuickstartConfig,
+    RlConfig,
+    RolloutConfig,
+    TrainConfig,
+    WarmStartConfig,
+)
 from longrl.models import FAMILIES
 
 
@@ -18,54 +28,87 @@ def check_command(config: AnyConfig) -> None:
     Raises:
         ValueError: a file or name that the run needs does not exist; names all of them.
     """
-    typer.echo(f"{config.kind} run into {config.run_dir}")
-    if isinstance(config, QuickstartConfig):
-        videos = config.videos
-        typer.echo(
-            f"  videos    {videos.train_videos} to train, {videos.test_videos} to test, {videos.seconds:g} s each, "
-            f"{videos.width} x {videos.height} at {videos.fps:g} frames a second, in {videos.dir}"
-        )
-        problems = []
-        for name, part in (("sft", config.sft), ("rl", config.rl)):
-            typer.echo(f"{name} run into {part.run_dir}")
-            problems += [f"{name}.{problem}" for problem in _report(part, made_by=config.run_dir)]
+    if isinstance(config, WarmStartConfig):
+        problems = list(_report_warm_start(config))
     else:
-        problems = list(_report(config))
+        typer.echo(f"{config.kind} run into {config.run_dir}")
+        problems = list(_report_model(config.model))
+        video = config.video
+        _row("video", f"{video.fps:g} frames a second" if video.fps is not None else f"{video.num_frames} frames")
+        if isinstance(config, QuickstartConfig):
+            _report_quickstart(config)
+        else:
+            problems += _report_run(config)
     if problems:
         raise ValueError(f"the run cannot start: {'; '.join(problems)}")
     typer.echo("ok: everything the run needs is there")
 
 
-def _report(config: RunConfig, made_by: str | None = None) -> Iterator[str]:
-    """Prints a summary of one run and yields what is missing.
+def require_model(config: ModelConfig) -> None:
+    """Looks whether there is a model, before a run directory is made for it.
 
-    Args:
-        config: of the run.
-        made_by: the directory of a run around this one, which makes the data, and the models that lie in it.
+    Raises:
+        ValueError: there is none.
     """
-    made = made_by is not None and Path(config.model.path).is_relative_to(made_by)
-    problem = None if made else _model_problem(config.model.path)
-    _row("model", f"{config.model.path} ({config.model.dtype})", problem)
+    if problem := _model_problem(config.path):
+        raise ValueError(f"model.path: {problem}")
+
+
+def _report_warm_start(config: WarmStartConfig) -> Iterator[str]:
+    typer.echo(f"{config.kind} into {config.out}")
+    problem = _model_problem(config.model)
+    _row("model", config.model, problem)
+    _row("steps", f"{config.look_steps} to look, {config.watch_steps} to watch")
+    if problem:
+        yield f"model: {problem}"
+
+
+def _report_model(config: ModelConfig) -> Iterator[str]:
+    problem = _model_problem(config.path)
+    _row("model", f"{config.path} ({config.dtype})", problem)
     if problem:
         yield f"model.path: {problem}"
-    video = config.video
-    _row("video", f"{video.fps:g} frames a second" if video.fps is not None else f"{video.num_frames} frames")
+
+
+def _report_quickstart(config: QuickstartConfig) -> None:
+    videos = config.videos
+    _row(
+        "videos",
+        f"{videos.train_videos} to train, {videos.test_videos} to test, {videos.seconds:g} s each, "
+        f"{videos.width} x {videos.height} at {videos.fps:g} frames a second, in {videos.dir}",
+    )
+    _row("sft", _steps(config.sft, None))
+    _row("rl", _steps(config.rl, config.rollout))
+
+
+def _report_run(config: DataRunConfig) -> Iterator[str]:
     for name, path, needed in (
         ("train", config.data.train, isinstance(config, TrainConfig)),
-        ("eval", config.data.eval, not isinstance(config, TrainConfig)),
+        ("eval", config.data.eval, not isinstance(config, TrainConfig) or _evaluates(config)),
     ):
-        if path is None and (made_by or not needed):
+        if path is None and not needed:
             continue
         problem = "not set, expected a JSONL file" if path is None else _file_problem(path)
         _row(f"data.{name}", path or "", problem)
         if problem:
             yield f"data.{name}: {problem}"
-    if isinstance(config, SftConfig):
-        _row("steps", f"{config.steps} of {config.prompts_per_step} examples")
-    elif isinstance(config, RlConfig):
-        rollouts = f"{config.prompts_per_step} prompts x {config.rollout.group_size} rollouts"
-        _row("steps", f"{config.steps} of {rollouts}, at most {config.rollout.max_new_tokens} tokens each")
+    if isinstance(config, TrainConfig):
+        _row("steps", _steps(config, config.rollout if isinstance(config, RlConfig) else None))
+    if isinstance(config, RlConfig):
         _row("algo", f"{config.algo.advantage}, {config.algo.loss} loss, KL {config.algo.kl}")
+
+
+def _evaluates(config: TrainConfig) -> bool:
+    return isinstance(config, RlConfig) and config.eval_every_steps > 0
+
+
+def _steps(loop: LoopConfig, rollout: RolloutConfig | None) -> str:
+    if rollout is None:
+        return f"{loop.steps} of {loop.prompts_per_step} examples"
+    return (
+        f"{loop.steps} of {loop.prompts_per_step} prompts x {rollout.group_size} rollouts, "
+        f"at most {rollout.max_new_tokens} tokens each"
+    )
 
 
 def _model_problem(path: str) -> str | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 
 class Section(BaseModel):
@@ -75,11 +75,14 @@ class OptimConfig(Section):
 
 
 class RolloutConfig(Section):
-    group_size: Annotated[int, Field(ge=2)] = 8
+    group_size: Annotated[int, Field(ge=1)] = 8
     """Rollouts of each prompt."""
     max_new_tokens: Annotated[int, Field(ge=1)] = 2048
     """Longest response; what is longer ends there, with finish reason `length`."""
-    temperature: Annotated[float, Field(gt=0)] = 1.0
+    temperature: Annotated[float, Field(ge=0)] = 1.0
+    """0: always the likeliest token."""
+    max_streams: Annotated[int, Field(ge=1)] = 128
+    """Rollouts decoded side by side, rounded to whole groups; more questions about a video take turns."""
 
 
 class AlgoConfig(Section):
@@ -101,8 +104,6 @@ class AlgoConfig(Section):
 
 
 class EvalConfig(Section):
-    every_steps: Annotated[int, Field(ge=0)] = 0
-    """0: only at the end."""
     samples: Annotated[int, Field(ge=1)] = 4
     """Answers sampled for each question."""
     temperature: Annotated[float, Field(ge=0)] = 1.0
@@ -128,19 +129,39 @@ class RunConfig(Section):
     run_dir: str
     """Where the run writes; a directory that holds the same run is taken up again."""
     model: ModelConfig
+    """The model to begin with, or to evaluate."""
     video: VideoConfig = VideoConfig()
-    data: DataConfig = DataConfig()
     cache: CacheConfig = CacheConfig()
-    rollout: RolloutConfig = RolloutConfig()
-    """Sampling: of rollouts in RL, of answers in evaluation."""
-    rewards: dict[str, float] = {"format": 0.1, "answer": 0.9}
-    """Reward name -> weight. A name in the registry or `package.module:attr`."""
-    eval: EvalConfig = EvalConfig()
     runtime: RuntimeConfig = RuntimeConfig()
 
 
-class TrainConfig(RunConfig):
-    """What every training run has."""
+class DataRunConfig(RunConfig):
+    """What every run on given data has."""
+
+    data: DataConfig = DataConfig()
+
+
+class AnswerConfig(Section):
+    """What a run that samples responses has."""
+
+    rollout: RolloutConfig = RolloutConfig()
+    """Sampling. Evaluation takes the number of answers and the temperature from `eval`."""
+    rewards: dict[str, float] = {"format": 0.1, "answer": 0.9}
+    """Reward name -> weight. A name in the registry or `package.module:attr`."""
+    eval: EvalConfig = EvalConfig()
+
+    @field_validator("rollout")
+    @classmethod
+    def _groups_compare(cls, rollout: RolloutConfig) -> RolloutConfig:
+        if rollout.group_size < 2:
+            raise ValueError(f"group_size is {rollout.group_size}, expected 2 or more rollouts to compare")
+        if rollout.temperature == 0:
+            raise ValueError("temperature is 0, so all rollouts of a group would be the same; use 1.0")
+        return rollout
+
+
+class LoopConfig(Section):
+    """What a training loop has."""
 
     steps: Annotated[int, Field(ge=1)]
     prompts_per_step: Annotated[int, Field(ge=1)] = 8
@@ -148,25 +169,31 @@ class TrainConfig(RunConfig):
     optim: OptimConfig = OptimConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
 
+    @field_validator("optim")
+    @classmethod
+    def _warm_up_ends(cls, optim: OptimConfig, info: ValidationInfo) -> OptimConfig:
+        steps = info.data.get("steps")  # not there if it was not valid itself
+        if steps is not None and optim.warmup_steps >= steps:
+            raise ValueError(f"warmup_steps is {optim.warmup_steps}, expected fewer than the {steps} steps of the run")
+        return optim
+
+
+class TrainConfig(LoopConfig, DataRunConfig):
+    """What every training run has."""
+
 
 class SftConfig(TrainConfig):
     kind: Literal["sft"] = "sft"
 
 
-class RlConfig(TrainConfig):
+class RlConfig(AnswerConfig, TrainConfig):
     kind: Literal["rl"] = "rl"
     algo: AlgoConfig = AlgoConfig()
-
-    @model_validator(mode="after")
-    def _can_learn(self) -> RlConfig:
-        if self.rollout.group_size < 2:
-            raise ValueError(f"rollout.group_size is {self.rollout.group_size}; a group needs 2 rollouts to compare")
-        if self.rollout.temperature == 0:
-            raise ValueError("rollout.temperature is 0, so all rollouts of a group would be the same; use 1.0")
-        return self
+    eval_every_steps: Annotated[int, Field(ge=0)] = 0
+    """Evaluate `data.eval` every so many steps and after the last; 0: never."""
 
 
-class EvalRunConfig(RunConfig):
+class EvalRunConfig(AnswerConfig, DataRunConfig):
     kind: Literal["eval"] = "eval"
 
 
@@ -188,31 +215,45 @@ class SyntheticConfig(Section):
     seed: int = 0
 
 
-class QuickstartConfig(Section):
+class StageConfig(LoopConfig):
+    """One of the quickstart's two training stages; what the stages have in common stands beside them."""
+
+    share_media: Annotated[int, Field(ge=1)] = 1
+    """As `data.share_media`."""
+
+
+class RlStageConfig(StageConfig):
+    algo: AlgoConfig = AlgoConfig()
+
+
+class QuickstartConfig(AnswerConfig, RunConfig):
+    """Every stage from rendering videos to the report; the stages' own configurations are made from this one."""
+
     kind: Literal["quickstart"] = "quickstart"
     run_dir: str = "runs/quickstart"
     videos: SyntheticConfig
-    sft: SftConfig
-    rl: RlConfig
+    sft: StageConfig
+    rl: RlStageConfig
 
 
 class WarmStartConfig(Section):
     """The recipe of the shipped warm start: see warm_start.py."""
 
     kind: Literal["warm_start"] = "warm_start"
-    run_dir: str = "runs/warm_start"
     out: str
     """The Hugging Face folder to write."""
     model: str = "tiny:qwen2_5_vl"
     seed: int = 0
     threads: Annotated[int, Field(ge=1)] = 2
     stories: Annotated[int, Field(ge=1)] = 3000
-    look_steps: Annotated[int, Field(ge=0)] = 2800
+    look_steps: Annotated[int, Field(ge=0)] = 2400
     look_windows: Annotated[int, Field(ge=1)] = 12
     look_lr: Annotated[float, Field(gt=0)] = 1e-3
-    mastered: Annotated[float, Field(gt=0, lt=1)] = 0.85
+    mastered: Annotated[float, Field(gt=0, lt=1)] = 0.8
     """Share of right lists at which windows get one more object."""
-    watch_steps: Annotated[int, Field(ge=0)] = 3000
+    read_steps: Annotated[int, Field(ge=0)] = 900
+    """At most, for each kind of text."""
+    watch_steps: Annotated[int, Field(ge=0)] = 2400
     watch_stories: Annotated[int, Field(ge=1)] = 8
     watch_questions: Annotated[int, Field(ge=1)] = 4
     watch_lr: Annotated[float, Field(gt=0)] = 7e-4

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
-from torch import Tensor
 
 from longrl.config import OptimConfig
 
@@ -23,21 +22,25 @@ class Optimizer:
         self.adamw = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas)
 
     def learning_rate(self, step: int) -> float:
-        """Of step 1, 2, ...: linear warm-up to lr, then the schedule down to min_lr_ratio * lr at the last step."""
+        """Of step 1, 2, ...: linear warm-up to lr, then from lr down the schedule.
+
+        The step after the last would have min_lr_ratio * lr, so that no step is spent on a rate of 0.
+        """
         config = self.config
         if step <= config.warmup_steps:
             return config.lr * step / config.warmup_steps
-        done = (step - config.warmup_steps) / max(1, self.total_steps - config.warmup_steps)
+        done = (step - config.warmup_steps - 1) / (self.total_steps - config.warmup_steps)
         shape = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[config.schedule]
         floor = 1.0 if config.schedule == "constant" else config.min_lr_ratio
         return config.lr * (floor + (1 - floor) * shape)
 
-    def step(self, step: int, count: int) -> tuple[float, float]:
+    def step(self, step: int, count: int, ids: Sequence[str]) -> tuple[float, float]:
         """Updates the weights from the accumulated gradients and clears them.
 
         Args:
             step: 1, 2, ...
             count: what the summed loss is divided by. 0: nothing was trained, and nothing changes.
+            ids: of the batch's examples, for the message.
 
         Returns:
             Gradient norm before clipping, learning rate.
@@ -51,19 +54,20 @@ class Optimizer:
             return 0.0, lr
         for grad in grads:
             grad.div_(count)
-        norm = self._norm(grads)
-        if not math.isfinite(norm):
-            self.adamw.zero_grad()
-            raise RuntimeError(f"step {step}: the gradient norm is {norm}; the weights were not changed")
-        if norm > self.config.max_grad_norm:
-            for grad in grads:
-                grad.mul_(self.config.max_grad_norm / (norm + 1e-6))
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm).item()
+        require_finite(f"the gradient norm of step {step}", norm, ids)
         for group in self.adamw.param_groups:
             group["lr"] = lr
         self.adamw.step()
         self.adamw.zero_grad()
         return norm, lr
 
-    @staticmethod
-    def _norm(grads: list[Tensor]) -> float:
-        return float(torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g.float()) for g in grads])))
+
+def require_finite(what: str, value: float, ids: Sequence[str]) -> None:
+    """Called before anything is learned from a value.
+
+    Raises:
+        RuntimeError: it is infinite or not a number; names the examples.
+    """
+    if not math.isfinite(value):
+        raise RuntimeError(f"{what} is {value} (examples {', '.join(ids)}); the weights were not changed")

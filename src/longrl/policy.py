@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from longrl.models.family import Family
-from longrl.models.streams import Streams, make_streams, split_length
+from longrl.models.streams import Streams, split_length
 from longrl.models.trunk import Trunk
 from longrl.types import Prefix, Prompt
 
@@ -64,9 +64,3 @@ def micro_batches(streams: Streams) -> Iterator[slice]:
     count, length = streams.token_ids.shape
     rows = max(1, STREAM_TOKENS // length)
     return (slice(start, min(start + rows, count)) for start in range(0, count, rows))
-
-
-def streams_of(prefix: Prefix, prompts: Sequence[Prompt], responses: Sequence[Sequence[Sequence[int]]]) -> Streams:
-    """One stream per response; responses[i] are those of prompts[i]."""
-    rows = [(prompt, response) for prompt, group in zip(prompts, responses, strict=True) for response in group]
-    return make_streams([prompt for prompt, _ in rows], [response for _, response in rows], prefix.length)

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from longrl.config import AnyConfig, RuntimeConfig
+from longrl.config import RunConfig
 from longrl.config_files import flatten, read_yaml, save_config
 
 logger = logging.getLogger(__name__)
@@ -17,14 +17,13 @@ logger = logging.getLogger(__name__)
 CONFIG_NAME = "config.yaml"
 
 
-def start_run(config: AnyConfig, runtime: RuntimeConfig) -> Path:
+def start_run(config: RunConfig) -> Path:
     """Makes the run directory, writes the resolved configuration into it and sets up torch.
 
     A directory that already holds this configuration is taken up again (resume).
 
     Args:
-        config: the resolved configuration; its run_dir is used.
-        runtime: seed and threads.
+        config: the resolved configuration.
 
     Returns:
         The run directory.
@@ -47,10 +46,10 @@ def start_run(config: AnyConfig, runtime: RuntimeConfig) -> Path:
 
     import torch
 
-    if runtime.threads is not None:
-        torch.set_num_threads(runtime.threads)
+    if config.runtime.threads is not None:
+        torch.set_num_threads(config.runtime.threads)
     # Nothing of ours draws from the global generator; a library that does is at least repeatable.
-    torch.manual_seed(seed_for(runtime.seed, "global"))
+    torch.manual_seed(seed_for(config.runtime.seed, "global"))
     return run_dir
 
 
@@ -83,7 +82,7 @@ def set_up_logging() -> None:
     logging.basicConfig(level=logging.INFO, handlers=[handler])
 
 
-def _require_same(config: AnyConfig, path: Path) -> None:
+def _require_same(config: RunConfig, path: Path) -> None:
     there, here = flatten(read_yaml(path)), flatten(config.model_dump(mode="json"))
     unset: dict[str, Any] = {}
     differing = [key for key in {**here, **there} if there.get(key, unset) != here.get(key, unset)]

@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -16,25 +15,23 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from longrl.algo.advantages import assign_advantages
-from longrl.algo.losses import policy_loss
-from longrl.checkpoint import FOLDER, Checkpoints, pack_optimizer, unpack_optimizer
+from longrl.algo.advantages import ADVANTAGES, assign_advantages
+from longrl.algo.losses import LOSSES, denominator, policy_loss
 from longrl.config import RlConfig
-from longrl.data.examples import load_examples
+from longrl.data.examples import Skips, load_examples
 from longrl.data.order import step_examples
-from longrl.data.prompts import PromptBuilder
+from longrl.evals.runner import evaluate, load_questions
 from longrl.models import load_family
-from longrl.models.streams import make_streams
-from longrl.optim import Optimizer
-from longrl.policy import Policy
-from longrl.report.metrics import Metrics
+from longrl.models.streams import Streams, make_streams
+from longrl.optim import require_finite
+from longrl.policy import Policy, StreamLoss
+from longrl.registry import resolve
 from longrl.report.progress import Progress
 from longrl.rewards.compose import build_rewards
 from longrl.rollout.native import NativeEngine
-from longrl.runtime import seed_for, start_run
-from longrl.types import Group, LossInputs, Prefix, Scored
-
-logger = logging.getLogger(__name__)
+from longrl.runtime import seed_for
+from longrl.training import Training
+from longrl.types import Example, Group, LossInputs, Prefix, Scored
 
 
 def train_rl(config: RlConfig) -> Path:
@@ -45,32 +42,27 @@ def train_rl(config: RlConfig) -> Path:
 
     Raises:
         ValueError: bad data or configuration.
-        RuntimeError: a gradient is not finite, or engine and trainer disagree about log-probs.
+        RuntimeError: a loss or gradient is not finite, or engine and trainer disagree about log-probs.
     """
-    run_dir, seed = start_run(config, config.runtime), config.runtime.seed
-    checkpoints = Checkpoints(run_dir / FOLDER, config.checkpoint.keep)
-    latest = checkpoints.latest()
-    family = load_family(config.model.at(latest.model_path) if latest else config.model, seed)
-    if config.data.train is None:
-        raise ValueError("data.train is not set; reinforcement learning needs a JSONL file of questions with answers")
-    examples = load_examples(config.data.train, config.data, config.video)
-    policy = Policy(family, recompute=config.model.recompute)
-    reference = None if config.algo.kl == "off" else Policy(load_family(config.model, seed))
+    skips, eval_skips, data, seed = Skips(config.data), Skips(config.data), config.data, config.runtime.seed
+    examples = _questions(config, skips)
+    held_out = load_questions(config, eval_skips) if config.eval_every_steps else []
     score = build_rewards(config.rewards)
-    optimizer = Optimizer(policy.trunk.parameters(), config.optim, config.steps)
-    if latest:
-        unpack_optimizer(optimizer.adamw, latest.tensors())
-    done = policy.version = latest.step if latest else 0
+    resolve(config.algo.advantage, ADVANTAGES, "advantage")
+    resolve(config.algo.loss, LOSSES, "loss")
+    training = Training(config, skips)
+    policy = training.policy
+    reference = None if config.algo.kl == "off" else Policy(load_family(config.model, seed))
 
-    build = PromptBuilder(family, config)
-    with Metrics(run_dir, config.runtime.tensorboard, done + 1) as metrics, Progress("rl", config.steps) as progress:
+    with training.metrics() as metrics, Progress("rl", config.steps) as progress:
         engine = NativeEngine(policy, config.rollout, metrics.time)
-        for step in range(done + 1, config.steps + 1):
+        for step in training.steps_left():
             with metrics.step(step):
-                batch = step_examples(examples, step, config.prompts_per_step, config.data.share_media, seed)
+                drawn = step_examples(examples, step, config.prompts_per_step, data.share_media, seed)
                 with metrics.time("media"):
-                    batch, prompts = build(batch)
-                seeds = [seed_for(seed, "rollout", step, example.id) for example in batch]
+                    kept, prompts = training.build([example for _, example in drawn])
+                batch = [drawn[i][1] for i in kept]
+                seeds = [seed_for(seed, "rollout", step, drawn[i][0], drawn[i][1].id) for i in kept]
                 totals = Totals()
                 for groups, prefix in engine.rollout(batch, prompts, seeds):
                     with metrics.time("reward"):
@@ -79,19 +71,43 @@ def train_rl(config: RlConfig) -> Path:
                     with metrics.time("update"):
                         update(policy, reference, groups, scored, prefix, config, totals)
                 with metrics.time("optimizer"):
-                    norm, lr = optimizer.step(step, totals.denominator)
+                    ids = [example.id for example in batch]
+                    norm, lr = training.optimizer.step(step, totals.denominator, ids)
                 policy.version = step
                 for name, value in (totals.metrics() | {"grad_norm": norm, "lr": lr}).items():
                     metrics.log(name, value)
-                metrics.log("cache/hit_rate", build.cache.hit_rate)
-                metrics.log("data/skipped", len(build.skips.names))
+                metrics.log("cache/hit_rate", training.build.cache.hit_rate)
+                metrics.log("data/skipped", len(skips.names))
+                if held_out and training.is_due(step, config.eval_every_steps):
+                    with metrics.time("evaluation"):
+                        result = evaluate(policy, held_out, config, eval_skips, stage=f"step {step}")
+                    metrics.log("eval/accuracy", result.overall.accuracy)
             progress.update(metrics.last)
-            every = config.checkpoint.every_steps
-            if step == config.steps or (every and step % every == 0):
-                checkpoints.save(step, family.save, pack_optimizer(optimizer.adamw), {"policy_version": step})
-    last = checkpoints.latest()
-    assert last is not None
-    return last.model_path
+            training.save_if_due(step)
+    return training.last_model()
+
+
+def _questions(config: RlConfig, skips: Skips) -> list[Example]:
+    if config.data.train is None:
+        raise ValueError("data.train is not set; reinforcement learning needs a JSONL file of questions with answers")
+    return load_examples(config.data.train, config.data, config.video, skips)
+
+
+@dataclass(slots=True)
+class Mean:
+    """Of the values that there were."""
+
+    total: float = 0.0
+    count: int = 0
+
+    def add(self, value: float | None) -> None:
+        if value is not None:
+            self.total += value
+            self.count += 1
+
+    @property
+    def value(self) -> float | None:
+        return self.total / self.count if self.count else None
 
 
 @dataclass(slots=True)
@@ -99,39 +115,29 @@ class Totals:
     """Sums over a step, and what the gradient is divided by."""
 
     denominator: int = 0
-    rollouts: int = 0
-    groups: int = 0
-    informative: int = 0
+    loss_sum: float = 0.0
     trained_tokens: int = 0
-    logprob_diff: float = 0.0
-    sums: dict[str, float] = field(default_factory=lambda: defaultdict(float))
-    """Over rollouts."""
+    logprob_diff: float | None = None
+    """Largest; None: nothing was compared."""
+    means: dict[str, Mean] = field(default_factory=lambda: defaultdict(Mean))
+    """Over rollouts or groups."""
     token_sums: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     """Over trained tokens."""
 
     def count(self, groups: Sequence[Group], scored: Sequence[list[Scored]]) -> None:
-        self.groups += len(groups)
         for one in (one for group in scored for one in group):
-            self.rollouts += 1
-            self.sums["response/tokens"] += len(one.rollout.token_ids)
-            self.sums["response/cut"] += one.rollout.finish_reason == "length"
-            self.sums["reward/unscored"] += one.reward is None
-            self.sums["reward/mean"] += one.reward or 0.0
+            self.means["response/tokens"].add(len(one.rollout.token_ids))
+            self.means["response/cut"].add(one.rollout.finish_reason == "length")
+            self.means["reward/unscored"].add(one.reward is None)
+            self.means["reward/mean"].add(one.reward)
             for name, value in one.rewards.items():
-                self.sums[f"reward/{name}"] += value or 0.0
+                self.means[f"reward/{name}"].add(value)
 
-    def metrics(self) -> dict[str, float]:
-        scored = self.rollouts - self.sums["reward/unscored"]
-        by_rollout = {
-            name: value / max(scored if name.startswith("reward/") and name != "reward/unscored" else self.rollouts, 1)
-            for name, value in self.sums.items()
-        }
-        by_token = {name: value / max(self.trained_tokens, 1) for name, value in self.token_sums.items()}
+    def metrics(self) -> dict[str, float | None]:
         return {
-            "loss": by_token.pop("loss", 0.0),
-            **by_rollout,
-            **by_token,
-            "groups/informative": self.informative / max(self.groups, 1),
+            "loss": self.loss_sum / self.denominator if self.denominator else None,
+            **{name: mean.value for name, mean in self.means.items()},
+            **{name: value / self.trained_tokens for name, value in self.token_sums.items()},
             "sampling/logprob_diff": self.logprob_diff,
         }
 
@@ -151,36 +157,54 @@ def update(
     are not run.
 
     Raises:
-        RuntimeError: engine and trainer log-probs differ by more than algo.max_logprob_diff.
+        RuntimeError: engine and trainer log-probs differ by more than algo.max_logprob_diff, or the loss is not finite.
     """
-    totals.denominator += _denominator(scored, config)
-    learns = [reference is not None or any(one.advantage for one in group) for group in scored]
-    totals.informative += sum(learns)
-    rows = [
-        (group.prompt, one)
-        for group, ones, useful in zip(groups, scored, learns, strict=True)
-        for one in ones
-        if useful and one.reward is not None
-    ]
+    rows: list[tuple[Group, Scored]] = []
+    for group, ones in zip(groups, scored, strict=True):
+        trained = [(group, one) for one in ones if one.reward is not None]
+        lengths = [len(one.rollout.token_ids) for _, one in trained]
+        totals.denominator += denominator(lengths, config.algo.normalise)
+        informative = reference is not None or any(one.advantage for one in ones)
+        totals.means["groups/informative"].add(informative)
+        rows += trained if informative else []
     if not rows:
         prefix.release()
         return
-    streams = make_streams([prompt for prompt, _ in rows], [one.rollout.token_ids for _, one in rows], prefix.length)
-    engine = torch.zeros(streams.mask.shape, dtype=torch.float64)
-    engine[streams.mask] = torch.tensor([x for _, one in rows for x in one.rollout.logprobs], dtype=torch.float64)
-    advantages = torch.tensor([one.advantage for _, one in rows])
-    temperature = config.rollout.temperature
+    streams = make_streams(
+        [group.prompt for group, _ in rows], [one.rollout.token_ids for _, one in rows], prefix.length
+    )
     ref_logprobs = None
     if reference is not None:
         with torch.no_grad():
             ref_prefix = reference.prefix([group.prompt for group in groups])
             assert ref_prefix.length == prefix.length
-            ref_logprobs, _ = reference.logprobs(ref_prefix, streams, temperature)
+            ref_logprobs, _ = reference.logprobs(ref_prefix, streams, config.rollout.temperature)
+    loss = _loss(rows, streams, ref_logprobs, config, totals)
+    policy.backward(prefix, streams, loss, config.rollout.temperature)
+
+
+def _loss(
+    rows: Sequence[tuple[Group, Scored]],
+    streams: Streams,
+    ref_logprobs: Tensor | None,
+    config: RlConfig,
+    totals: Totals,
+) -> StreamLoss:
+    """The loss of the streams, of which row n is rollout rows[n]; it checks them before they are differentiated."""
+    engine = torch.zeros(streams.mask.shape, dtype=torch.float64)
+    engine[streams.mask] = torch.tensor([x for _, one in rows for x in one.rollout.logprobs], dtype=torch.float64)
+    advantages = torch.tensor([one.advantage for _, one in rows])
+    ids = sorted({group.id for group, _ in rows})
 
     def loss(logprobs: Tensor, entropy: Tensor, part: slice) -> Tensor:
         mask = streams.mask[part]
-        difference = ((logprobs.detach() - engine[part]).abs() * mask).max().item()
-        totals.logprob_diff = max(totals.logprob_diff, difference)
+        difference = (logprobs.detach() - engine[part])[mask].abs().max().item()
+        if not difference <= config.algo.max_logprob_diff:  # true of NaN too
+            raise RuntimeError(
+                f"engine and trainer log-probs differ by {difference:.2e}, more than algo.max_logprob_diff "
+                f"{config.algo.max_logprob_diff:g} (groups {', '.join(ids)}); the weights were not changed"
+            )
+        totals.logprob_diff = max(totals.logprob_diff or 0.0, difference)
         # one update a batch: the sampling policy is the current one
         inputs = LossInputs(
             logprobs=logprobs,
@@ -190,22 +214,13 @@ def update(
             mask=mask,
         )
         output = policy_loss(inputs, config.algo)
+        loss_sum = output.loss_sum.item()
+        require_finite("the loss", loss_sum, ids)
+        totals.loss_sum += loss_sum
         totals.trained_tokens += int(mask.sum())
-        totals.token_sums["loss"] += output.loss_sum.item()
         totals.token_sums["entropy"] += entropy.sum().item()
         for name, value in output.metrics.items():
             totals.token_sums[name] += value
         return output.loss_sum
 
-    policy.backward(prefix, streams, loss, temperature)
-    if not totals.logprob_diff <= config.algo.max_logprob_diff:
-        raise RuntimeError(
-            f"engine and trainer log-probs differ by {totals.logprob_diff:.2e}, more than algo.max_logprob_diff "
-            f"{config.algo.max_logprob_diff:g} (groups {', '.join(group.id for group in groups)}); the weights were "
-            "not changed"
-        )
-
-
-def _denominator(scored: Sequence[list[Scored]], config: RlConfig) -> int:
-    lengths = [len(one.rollout.token_ids) for group in scored for one in group if one.reward is not None]
-    return sum(lengths) if config.algo.normalise == "token" else len(lengths)
+    return loss

@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import logging
+from collections.abc import Sequence
 from pathlib import Path
 
-from longrl.checkpoint import FOLDER, Checkpoints, pack_optimizer, unpack_optimizer
-from longrl.config import SftConfig
-from longrl.data.examples import load_examples
-from longrl.data.order import step_examples
-from longrl.data.prompts import PromptBuilder
-from longrl.models import load_family
-from longrl.models.streams import cohorts, make_streams
-from longrl.optim import Optimizer
-from longrl.policy import Policy
-from longrl.report.metrics import Metrics
-from longrl.report.progress import Progress
-from longrl.runtime import start_run
-from longrl.types import Example, Prompt
+from torch import Tensor
 
-logger = logging.getLogger(__name__)
+from longrl.config import SftConfig
+from longrl.data.examples import Skips, load_examples
+from longrl.data.order import step_examples
+from longrl.data.prompts import response_ids
+from longrl.models.streams import cohorts, make_streams
+from longrl.optim import require_finite
+from longrl.policy import Policy
+from longrl.report.progress import Progress
+from longrl.training import Training
+from longrl.types import Example, Prompt
 
 
 def train_sft(config: SftConfig) -> Path:
@@ -30,74 +27,65 @@ def train_sft(config: SftConfig) -> Path:
 
     Raises:
         ValueError: bad data or configuration.
-        RuntimeError: a gradient is not finite.
+        RuntimeError: a loss or gradient is not finite.
     """
-    run_dir = start_run(config, config.runtime)
-    checkpoints = Checkpoints(run_dir / FOLDER, config.checkpoint.keep)
-    latest = checkpoints.latest()
-    family = load_family(config.model.at(latest.model_path) if latest else config.model, config.runtime.seed)
-    examples = _demonstrated(config)
-    policy = Policy(family, recompute=config.model.recompute)
-    optimizer = Optimizer(policy.trunk.parameters(), config.optim, config.steps)
-    if latest:
-        unpack_optimizer(optimizer.adamw, latest.tensors())
-    build, done = PromptBuilder(family, config), latest.step if latest else 0
+    skips = Skips(config.data)
+    examples = _demonstrated(config, skips)
+    training = Training(config, skips)
+    policy, data, seed = training.policy, config.data, config.runtime.seed
 
-    with Metrics(run_dir, config.runtime.tensorboard, done + 1) as metrics, Progress("sft", config.steps) as progress:
-        for step in range(done + 1, config.steps + 1):
+    with training.metrics() as metrics, Progress("sft", config.steps) as progress:
+        for step in training.steps_left():
             with metrics.step(step):
-                batch = step_examples(
-                    examples, step, config.prompts_per_step, config.data.share_media, config.runtime.seed
-                )
+                drawn = step_examples(examples, step, config.prompts_per_step, data.share_media, seed)
                 with metrics.time("media"):
-                    batch, prompts = build(batch)
+                    kept, prompts = training.build([example for _, example in drawn])
+                batch = [drawn[i][1] for i in kept]
                 with metrics.time("update"):
                     loss, tokens = _backward(policy, batch, prompts)
-                    norm, lr = optimizer.step(step, tokens)
+                    norm, lr = training.optimizer.step(step, tokens, [example.id for example in batch])
+                policy.version = step
                 for name, value in (
-                    ("loss", loss / max(tokens, 1)),
-                    ("response/tokens", tokens / max(len(batch), 1)),
+                    ("loss", loss / tokens if tokens else None),
+                    ("response/tokens", tokens / len(batch) if batch else None),
                     ("grad_norm", norm),
                     ("lr", lr),
-                    ("cache/hit_rate", build.cache.hit_rate),
-                    ("data/skipped", len(build.skips.names)),
+                    ("cache/hit_rate", training.build.cache.hit_rate),
+                    ("data/skipped", len(skips.names)),
                 ):
                     metrics.log(name, value)
             progress.update(metrics.last)
-            every = config.checkpoint.every_steps
-            if step == config.steps or (every and step % every == 0):
-                checkpoints.save(step, family.save, pack_optimizer(optimizer.adamw), {"policy_version": step})
-    last = checkpoints.latest()
-    assert last is not None
-    return last.model_path
+            training.save_if_due(step)
+    return training.last_model()
 
 
-def _demonstrated(config: SftConfig) -> list[Example]:
+def _demonstrated(config: SftConfig, skips: Skips) -> list[Example]:
     if config.data.train is None:
         raise ValueError("data.train is not set; supervised fine-tuning needs a JSONL file whose rows have a response")
-    examples = load_examples(config.data.train, config.data, config.video)
+    examples = load_examples(config.data.train, config.data, config.video, skips)
     for example in examples:
         if not example.response:
             raise ValueError(f"{config.data.train}: example {example.id} has no response; every row needs one here")
     return examples
 
 
-def _backward(policy: Policy, examples: list[Example], prompts: list[Prompt]) -> tuple[float, int]:
+def _backward(policy: Policy, examples: Sequence[Example], prompts: Sequence[Prompt]) -> tuple[float, int]:
     """Accumulates the gradient of -sum log p(response); returns that sum and the number of response tokens."""
-    tokenizer, stop = policy.family.tokenizer, min(policy.family.stop_ids)
     total, tokens = 0.0, 0
     for members in cohorts(prompts):
+        ids = [examples[i].id for i in members]
         shared = [prompts[i] for i in members]
-        responses = [[*tokenizer.encode(examples[i].response or "", add_special_tokens=False), stop] for i in members]
+        responses = [response_ids(policy.family, examples[i].response or "") for i in members]
         prefix = policy.prefix(shared)
         streams = make_streams(shared, responses, prefix.length)
-        sums: list[float] = []
 
-        def loss(logprobs, entropy, rows, sums=sums):
+        def loss(logprobs: Tensor, entropy: Tensor, rows: slice, ids: Sequence[str] = ids) -> Tensor:
+            nonlocal total
             value = -logprobs.sum()
-            sums.append(value.item())
+            require_finite("the loss", value.item(), ids)
+            total += value.item()
             return value
 
         policy.backward(prefix, streams, loss)
-        total, tokens = total + sum(sums), tokens + sum(map(len, responses))
+        tokens += sum(map(len, responses))
     return total, tokens

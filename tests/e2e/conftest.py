@@ -27,7 +27,6 @@ def common(dataset: Dataset, tmp_path: Path, train: Path) -> dict:
         "data": {"train": str(train), "eval": str(dataset.test), "share_media": 3},
         "cache": {"dir": str(tmp_path / "cache")},
         "prompts_per_step": 4,
-        "rollout": {"group_size": 4, "max_new_tokens": 6},
         "optim": {"lr": 1e-3},
         "runtime": {"tensorboard": False},
     }
@@ -38,4 +37,6 @@ def sft_config(dataset: Dataset, tmp_path: Path, **changes) -> SftConfig:
 
 
 def rl_config(dataset: Dataset, tmp_path: Path, **changes) -> RlConfig:
-    return RlConfig.model_validate({**common(dataset, tmp_path, dataset.train_rl), "steps": 3, **changes})
+    rollout = {"group_size": 4, "max_new_tokens": 6}
+    rows = common(dataset, tmp_path, dataset.train_rl)
+    return RlConfig.model_validate({**rows, "steps": 3, "rollout": rollout, **changes})

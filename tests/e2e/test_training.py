@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 
-from longrl.config import ModelConfig
+from longrl.config import ModelConfig, RlConfig
 from longrl.models import load_family
 from longrl.report.metrics import read_metrics
 from longrl.train_rl import train_rl
@@ -51,7 +53,8 @@ def test_rl_raises_the_reward(dataset, tmp_path):
     lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
     assert 0.3 < lines[0]["reward/mean"] < 0.7
     assert sum(line["reward/mean"] for line in lines[-3:]) / 3 > 0.9
-    assert max(line["sampling/logprob_diff"] for line in lines) < 1e-5
+    compared = [line["sampling/logprob_diff"] for line in lines if line["groups/informative"]]
+    assert max(compared) < 1e-5
     assert {"time/media", "time/prefill", "time/decode", "time/update", "time/optimizer"} <= lines[0].keys()
     assert lines[-1]["cache/hit_rate"] > lines[0]["cache/hit_rate"] - 1e-9
 
@@ -110,7 +113,9 @@ def test_group_without_signal_costs_no_update(dataset, tmp_path):
     before = load_family(ModelConfig(path="tiny:qwen2_5_vl"), 0).model.state_dict()
     folder = train_rl(rl_config(dataset, tmp_path, rewards={"format": 1.0}, steps=1))
     line = read_metrics(tmp_path / "run" / "metrics.jsonl")[0]
-    assert line["groups/informative"] == 0 and line["grad_norm"] == 0
+    assert line["groups/informative"] == 0
+    assert line["grad_norm"] == line["loss"] == 0
+    assert line["sampling/logprob_diff"] is None  # nothing was compared
     after = load_family(ModelConfig(path=str(folder))).model.state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)
 
@@ -121,30 +126,70 @@ def test_logprob_mismatch_stops_the_run(dataset, tmp_path):
         train_rl(config)
 
 
-def test_unusable_video_is_raised_or_counted(dataset, tmp_path):
-    import json
-
-    (tmp_path / "bad.mp4").write_bytes(b"not a video")
-    rows = [json.loads(line) for line in dataset.train_rl.read_text().splitlines()]
+def with_unusable(rows_path: Path, out: Path) -> Path:
+    """The rows of a data set, and four whose videos are no videos, and one whose video is missing."""
+    out.with_suffix(".mp4").write_bytes(b"not a video")
+    rows = [json.loads(line) for line in rows_path.read_text().splitlines()]
     for row in rows:
-        row["video"] = str(dataset.train_rl.parent / row["video"])
-    rows.append({**rows[0], "id": "broken", "video": str(tmp_path / "bad.mp4")})
-    path = tmp_path / "rows.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    data = {"train": str(path), "share_media": 3}
-    with pytest.raises(ValueError, match="bad.mp4"):
-        train_rl(rl_config(dataset, tmp_path, data=data, steps=4, rewards=EVEN))
-    skipping = {**data, "on_error": "skip"}
-    train_rl(rl_config(dataset, tmp_path, data=skipping, steps=4, rewards=EVEN, run_dir=str(tmp_path / "skipping")))
-    assert read_metrics(tmp_path / "skipping" / "metrics.jsonl")[-1]["data/skipped"] == 1
-    with pytest.raises(ValueError, match="max_skips"):
-        train_rl(
-            rl_config(
-                dataset,
-                tmp_path,
-                data={**skipping, "max_skips": 0},
-                steps=4,
-                rewards=EVEN,
-                run_dir=str(tmp_path / "capped"),
-            )
-        )
+        row["video"] = str(rows_path.parent / row["video"])
+    rows += [{**rows[0], "id": f"broken{i}", "video": str(out.with_suffix(".mp4"))} for i in range(4)]
+    rows.append({**rows[0], "id": "gone", "video": "gone.mp4"})
+    out.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return out
+
+
+def test_unusable_video_is_raised_or_counted(dataset, tmp_path):
+    rows = with_unusable(dataset.train_rl, tmp_path / "rows.jsonl")
+
+    def config(run: str, **data) -> RlConfig:
+        data = {"train": str(rows), "share_media": 3, **data}
+        return rl_config(dataset, tmp_path, data=data, steps=4, rewards=EVEN, run_dir=str(tmp_path / run))
+
+    with pytest.raises(ValueError, match=r"gone\.mp4"):
+        train_rl(config("run"))
+    train_rl(config("skipping", on_error="skip"))
+    assert read_metrics(tmp_path / "skipping" / "metrics.jsonl")[-1]["data/skipped"] == 5
+    with pytest.raises(ValueError, match="max_skips allows only 1"):
+        train_rl(config("capped", on_error="skip", max_skips=1))
+
+
+def test_resumed_run_counts_skips_as_an_uninterrupted_one(dataset, tmp_path):
+    rows = with_unusable(dataset.train_sft, tmp_path / "rows.jsonl")
+    data = {"train": str(rows), "on_error": "skip"}
+    train_sft(sft_config(dataset, tmp_path, steps=5, data=data, checkpoint={"every_steps": 4}))
+    whole = [line["data/skipped"] for line in read_metrics(tmp_path / "run" / "metrics.jsonl")]
+    assert whole[3] > 1  # the missing file and something that came up before step 5
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step_000005")
+    train_sft(sft_config(dataset, tmp_path, steps=5, data=data, checkpoint={"every_steps": 4}))
+    assert [line["data/skipped"] for line in read_metrics(tmp_path / "run" / "metrics.jsonl")] == whole
+
+
+@pytest.mark.parametrize(
+    "typo",
+    [
+        {"data": {"train": "typo.jsonl"}},
+        {"model": {"path": "tiny:typo"}},
+        {"algo": {"advantage": "typo"}},
+        {"algo": {"loss": "typo"}},
+        {"rewards": {"typo": 1.0}},
+        {"eval_every_steps": 1, "data": {"eval": None}},
+    ],
+    ids=lambda typo: "+".join(typo),
+)
+def test_a_typo_leaves_no_run_behind(dataset, tmp_path, typo):
+    config = rl_config(dataset, tmp_path)
+    wrong = config.model_dump() | {
+        name: {**(config.model_dump()[name] if name in ("data", "model", "algo") else {}), **value}
+        if isinstance(value, dict)
+        else value
+        for name, value in typo.items()
+    }
+    with pytest.raises(ValueError, match=r"typo|data\.eval"):
+        train_rl(RlConfig.model_validate(wrong))
+    assert not Path(config.run_dir).exists()
+
+
+def test_rl_evaluates_when_due_and_at_the_end(dataset, tmp_path):
+    train_rl(rl_config(dataset, tmp_path, steps=3, eval_every_steps=2, eval={"samples": 1}))
+    lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert ["eval/accuracy" in line for line in lines] == [False, True, True]

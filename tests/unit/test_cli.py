@@ -14,6 +14,7 @@ import pytest
 
 from longrl.errors import run_guarded
 
+CONFIGS = Path(__file__).parents[2] / "configs"
 HEAVY = {"torch", "transformers", "av", "matplotlib", "tensorboard", "numpy"}
 BASE = "kind: rl\nrun_dir: runs/x\nmodel: {path: 'tiny:qwen2_5_vl'}\nsteps: 10\ndata: {train: rows.jsonl}\n"
 
@@ -69,16 +70,31 @@ def test_check_names_all_that_is_missing(longrl, base):
     )
 
 
-def test_check_of_a_quickstart_expects_what_the_run_makes(longrl, tmp_path):
-    run = "{run_dir: q/%s, steps: 1, model: {path: '%s'}}"
+def test_check_of_a_quickstart(longrl, tmp_path):
     (tmp_path / "q.yaml").write_text(
-        f"kind: quickstart\nrun_dir: q\nvideos: {{dir: q/videos}}\n"
-        f"sft: {run % ('sft', 'tiny:qwen2_5_vl')}\nrl: {run % ('rl', 'q/sft/model')}\n"
+        "kind: quickstart\nvideos: {dir: videos}\nmodel: {path: 'tiny:qwen2_5_vl'}\nsft: {steps: 2}\nrl: {steps: 3}\n"
     )
-    assert longrl("check", "q.yaml").returncode == 0
-    done = longrl("check", "q.yaml", "rl.model.path=elsewhere")
+    done = longrl("check", "q.yaml")
+    assert done.returncode == 0
+    assert "3 of 8 prompts x 8 rollouts" in done.stdout
+    done = longrl("check", "q.yaml", "model.path=elsewhere")
     assert done.returncode == 2
-    assert "rl.model.path: elsewhere is not a Hugging Face folder" in done.stderr
+    assert "model.path: elsewhere is not a Hugging Face folder" in done.stderr
+
+
+def test_check_of_an_rl_run_that_evaluates_needs_questions(longrl, base):
+    done = longrl("check", base, "eval_every_steps=5")
+    assert done.returncode == 2
+    assert "data.eval: not set" in done.stderr
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda path: str(path.relative_to(CONFIGS)))
+def test_check_of_every_shipped_configuration(longrl, path):
+    """All that may be wrong is that files it names are not there yet, seen from another folder."""
+    done = longrl("check", path)
+    assert done.returncode in (0, 2)
+    assert done.stderr == "" or done.stderr.startswith("longrl: error: the run cannot start: ")
+    assert "model" in done.stdout
 
 
 def test_a_file_for_another_command(longrl, base):

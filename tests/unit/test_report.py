@@ -206,7 +206,7 @@ def test_numbers_stand_beside_their_bounds(page):
     for expected in (
         "86.0% &plusmn; 2.5",  # sqrt(0.86 * 0.14 / 200)
         "61.0% &plusmn; 3.4",
-        "order questions 0.402 at most 0.689 = 0.889 &minus; 0.2 holds",
+        "order questions 0.402 at most 0.689 = 0.889 - 0.2 holds",
         "Gain of RL over SFT 0.250 at least 0.150 holds",
         "without the video 0.291 at most 0.350 holds",
         "log-prob difference, engine to trainer 3.1e-06 at most 1.0e-05 holds",

@@ -21,21 +21,21 @@ def config_in(run_dir: Path, **changes) -> RlConfig:
 
 def test_the_saved_configuration_reproduces_the_run(tmp_path):
     config = config_in(tmp_path / "a" / "b")
-    run_dir = start_run(config, config.runtime)
+    run_dir = start_run(config)
     assert load_config([run_dir / "config.yaml"]) == config
     before = (run_dir / "config.yaml").stat().st_mtime_ns
-    assert start_run(config, config.runtime) == run_dir  # resume
+    assert start_run(config) == run_dir  # resume
     assert (run_dir / "config.yaml").stat().st_mtime_ns == before
 
 
 def test_another_configuration_in_the_same_directory_is_refused(tmp_path):
     config = config_in(tmp_path / "run")
-    start_run(config, config.runtime)
+    start_run(config)
     other = config_in(tmp_path / "run", steps=4, optim={"lr": 0.5}, rewards={"format": 1.0})
     with pytest.raises(ValueError, match="holds a run with another configuration") as caught:
-        start_run(other, other.runtime)
+        start_run(other)
     text = str(caught.value)
-    assert "rewards.format is 0.1 there, 1.0 here (and 3 more)" in text  # and rewards.answer, steps, optim.lr
+    assert "steps is 3 there, 4 here (and 3 more)" in text  # and optim.lr, rewards.format, rewards.answer
     assert "choose another run_dir, or delete" in text
     assert load_config([tmp_path / "run" / "config.yaml"]) == config
 
@@ -45,7 +45,7 @@ def test_run_dir_is_a_file(below, tmp_path):
     (tmp_path / "file").touch()
     config = config_in(tmp_path / "file" / below)
     with pytest.raises(ValueError, match="is a file; choose another run_dir"):
-        start_run(config, config.runtime)
+        start_run(config)
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
@@ -53,17 +53,17 @@ def test_run_dir_without_permission(tmp_path):
     (tmp_path / "locked").mkdir(mode=0o555)
     config = config_in(tmp_path / "locked" / "run")
     with pytest.raises(PermissionError, match="locked"):
-        start_run(config, config.runtime)
+        start_run(config)
 
 
 def test_threads_and_the_global_generator(tmp_path):
     before = torch.get_num_threads()
     try:
         config = config_in(tmp_path, runtime={"threads": before + 1, "seed": 5})
-        start_run(config, config.runtime)
+        start_run(config)
         assert torch.get_num_threads() == before + 1
         first = torch.rand(3)
-        start_run(config, config.runtime)
+        start_run(config)
         assert torch.equal(torch.rand(3), first)
     finally:
         torch.set_num_threads(before)

@@ -2,13 +2,13 @@
 
 output = policy_loss(inputs, algo)          # per group, or per micro-batch of whole sequences
 output.loss_sum.backward()                  # gradients add up
-total += denominator(inputs.mask, algo.normalise)
+total += denominator(lengths, algo.normalise)   # of all scored responses, with or without a gradient
 ...                                         # after the last group: divide the gradients by the global total
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
@@ -44,17 +44,14 @@ def token_weights(mask: Tensor, normalise: Normalise, dtype: torch.dtype = torch
     return weights if normalise == "token" else weights / weights.sum(-1, keepdim=True).clamp(min=1)
 
 
-def denominator(mask: Tensor, normalise: Normalise) -> Tensor:
+def denominator(lengths: Sequence[int], normalise: Normalise) -> int:
     """What the summed loss is divided by, after adding up over all groups and ranks.
 
     Args:
-        mask: bool [N, R].
-        normalise: token: trained tokens; sequence: rows with at least one trained token.
-
-    Returns:
-        int64 []
+        lengths: [N], trained tokens of each sequence.
+        normalise: token: trained tokens; sequence: sequences with at least one.
     """
-    return mask.sum() if normalise == "token" else mask.any(-1).sum()
+    return sum(lengths) if normalise == "token" else sum(length > 0 for length in lengths)
 
 
 def clip(inputs: LossInputs, algo: AlgoConfig) -> LossOutput:

@@ -67,7 +67,9 @@ class Skips:
             ) from error
 
 
-def load_examples(path: str | Path, data: DataConfig, video: VideoConfig, skips: Skips | None = None) -> list[Example]:
+def load_examples(
+    path: str | Path, data: DataConfig, video: VideoConfig, skips: Skips | None = None, *, keep_skipped: bool = False
+) -> list[Example]:
     """Reads a JSONL file of examples, in its order.
 
     Args:
@@ -75,6 +77,7 @@ def load_examples(path: str | Path, data: DataConfig, video: VideoConfig, skips:
         data: Its system prompt, and what a missing video does.
         video: How to sample where a row does not say.
         skips: Where skipped rows are counted; None: a count of this file alone.
+        keep_skipped: Return skipped rows too: evaluation counts them as wrong instead of leaving them out.
 
     Raises:
         ValueError: A row cannot be used; names file, line, id and what to mend.
@@ -96,7 +99,8 @@ def load_examples(path: str | Path, data: DataConfig, video: VideoConfig, skips:
                 _check_exists(clip.path, where)
         except MediaError as error:
             skips.record(example_id, error)
-            continue
+            if not keep_skipped:
+                continue
         examples.append(example)
     if not examples:
         raise ValueError(f"{path}: no usable example in {len(lines)} rows; expected at least one JSON object a line")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -12,20 +11,21 @@ from typing import Any
 
 import torch
 
-from longrl.config import EvalRunConfig, RunConfig
-from longrl.data.examples import load_examples
+from longrl.check import require_model
+from longrl.config import EvalRunConfig, QuickstartConfig, RlConfig
+from longrl.data.examples import Skips, load_examples
+from longrl.data.order import by_media
 from longrl.data.prompts import Change, PromptBuilder
+from longrl.files import write_whole
 from longrl.models import load_family
 from longrl.policy import Policy
+from longrl.rewards.answer import answer_reward
 from longrl.rewards.compose import build_rewards
 from longrl.rollout.native import NativeEngine
 from longrl.runtime import seed_for, start_run
 from longrl.types import Example, Scored
 
 logger = logging.getLogger(__name__)
-
-QUESTIONS_AT_ONCE = 64
-"""Questions whose prompts are held at one time; those about the same video are decoded side by side."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,7 +46,8 @@ class EvalResult:
     by_kind: dict[str, Accuracy]
     samples_per_question: int
     mean_response_tokens: float
-    cache_hit_rate: float
+    skipped: dict[str, str]
+    """Questions whose media could not be used -> why. All their samples count as wrong."""
     examples: list[dict[str, Any]]
     """For the report: id, category, kind, video, question, answer, responses."""
 
@@ -58,34 +59,46 @@ class EvalResult:
             "num_questions": self.overall.num_questions,
             "samples_per_question": self.samples_per_question,
             "mean_response_tokens": self.mean_response_tokens,
+            "skipped": self.skipped,
             "by_category": {name: asdict(value) for name, value in self.by_category.items()},
             "by_kind": {name: asdict(value) for name, value in self.by_kind.items()},
             "examples": self.examples,
         }
         path.parent.mkdir(parents=True, exist_ok=True)
-        beside = path.with_suffix(".tmp")
-        beside.write_text(json.dumps(flat, indent=1) + "\n")
-        os.replace(beside, path)
+        write_whole(path, json.dumps(flat, indent=1) + "\n")
 
 
 def run_eval(config: EvalRunConfig) -> EvalResult:
     """Evaluates `model` on `data.eval` and writes eval.json into the run directory."""
-    run_dir = start_run(config, config.runtime)
-    if config.data.eval is None:
-        raise ValueError("data.eval is not set; evaluation needs a JSONL file of questions with answers")
+    skips = Skips(config.data)
+    examples = load_questions(config, skips)
+    build_rewards(config.rewards)  # the names, before a model is loaded
+    require_model(config.model)
+    run_dir = start_run(config)
     policy = Policy(load_family(config.model, config.runtime.seed))
-    examples = load_examples(config.data.eval, config.data, config.video)
-    result = evaluate(policy, examples, config, stage="eval")
+    result = evaluate(policy, examples, config, skips, stage="eval")
     result.write(run_dir / "eval.json")
     for name, value in {"all": result.overall, **result.by_kind, **result.by_category}.items():
         logger.info("%-12s %.3f  (%d questions)", name, value.accuracy, value.num_questions)
     return result
 
 
+def load_questions(config: RlConfig | EvalRunConfig, skips: Skips) -> list[Example]:
+    """All of `data.eval`, those with missing files too: `evaluate` counts them as wrong.
+
+    Raises:
+        ValueError: there is no such file, or a row cannot be used.
+    """
+    if config.data.eval is None:
+        raise ValueError("data.eval is not set; evaluation needs a JSONL file of questions with answers")
+    return load_examples(config.data.eval, config.data, config.video, skips, keep_skipped=True)
+
+
 def evaluate(
     policy: Policy,
     examples: Sequence[Example],
-    config: RunConfig,
+    config: RlConfig | EvalRunConfig | QuickstartConfig,
+    skips: Skips,
     *,
     stage: str,
     change: Change | None = None,
@@ -96,18 +109,20 @@ def evaluate(
     A sample that cannot be scored, and every sample of a question whose media cannot be used, counts as wrong.
 
     Args:
+        skips: of the questions.
         change: a control: what is done to each prompt's example and media first (see controls.py).
         forced: a control: the text that every response is made to begin with.
     """
-    build = PromptBuilder(policy.family, config)
+    build = PromptBuilder(policy.family, config.cache, skips)
     sampling = config.rollout.model_copy(
         update={"group_size": config.eval.samples, "temperature": config.eval.temperature}
     )
     engine, score = NativeEngine(policy, sampling), build_rewards(config.rewards)
     forced_ids = policy.family.tokenizer.encode(forced, add_special_tokens=False)
     found: dict[str, list[Scored]] = {}
-    for start in range(0, len(examples), QUESTIONS_AT_ONCE):
-        batch, prompts = build(examples[start : start + QUESTIONS_AT_ONCE], change)
+    for members in by_media(examples):
+        kept, prompts = build([examples[i] for i in members], change)
+        batch = [examples[members[k]] for k in kept]
         prompts = [prompt.followed_by(forced_ids) for prompt in prompts]
         seeds = [seed_for(config.runtime.seed, "eval", example.id) for example in batch]
         with torch.no_grad():
@@ -116,13 +131,13 @@ def evaluate(
                 for group in groups:
                     rollouts = tuple(replace(one, text=forced + one.text) for one in group.rollouts)
                     found[group.id] = score(replace(group, rollouts=rollouts))
-    return _result(stage, examples, found, config.eval.samples, build.cache.hit_rate)
+    return _result(stage, examples, found, config.eval.samples, skips)
 
 
 def _result(
-    stage: str, examples: Sequence[Example], found: dict[str, list[Scored]], samples: int, hit_rate: float
+    stage: str, examples: Sequence[Example], found: dict[str, list[Scored]], samples: int, skips: Skips
 ) -> EvalResult:
-    right = {e.id: [one.rewards.get("answer") == 1.0 for one in found.get(e.id, [])] for e in examples}
+    right = {e.id: [answer_reward(e, one.rollout) == 1.0 for one in found.get(e.id, [])] for e in examples}
 
     def accuracy(where: Callable[[Example], bool]) -> Accuracy:
         picked = [sum(right[e.id]) / samples for e in examples if where(e)]
@@ -136,7 +151,7 @@ def _result(
         by_kind={k: accuracy(lambda e, k=k: e.kind == k) for k in sorted({e.kind for e in examples})},
         samples_per_question=samples,
         mean_response_tokens=sum(tokens) / max(len(tokens), 1),
-        cache_hit_rate=hit_rate,
+        skipped={e.id: skips.names[e.id] for e in examples if e.id not in found},
         examples=[_describe(e, found.get(e.id, []), right[e.id]) for e in examples],
     )
 

@@ -26,7 +26,9 @@ def headline_html(run: RunFiles) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class _Check:
+class Check:
+    """A figure beside what is promised of it."""
+
     what: str
     measured: float | None
     at_least: float | None = None
@@ -35,18 +37,37 @@ class _Check:
     why: str = ""
     """Where the bound comes from, if it was measured too."""
 
+    @property
+    def value(self) -> str:
+        return "none" if self.measured is None else format(self.measured, self.style)
+
+    @property
+    def bound(self) -> str:
+        limit = self.at_least if self.at_least is not None else self.at_most
+        if limit is None:
+            return "for comparison"
+        return f"{'at most' if self.at_least is None else 'at least'} {format(limit, self.style)}{self.why}"
+
+    @property
+    def holds(self) -> bool | None:
+        """None: there is no bound. A figure that was not measured does not hold."""
+        if self.at_least is not None:
+            return self.measured is not None and self.measured >= self.at_least
+        if self.at_most is not None:
+            return self.measured is not None and self.measured <= self.at_most
+        return None
+
     def row(self) -> str:
         if self.measured is None:
             return ""
-        bound, verdict = "for comparison", ""
-        if self.at_least is not None or self.at_most is not None:
-            limit = self.at_least if self.at_least is not None else self.at_most
-            bound = f"{'at least' if self.at_least is not None else 'at most'} {plain(limit, self.style)}{self.why}"
-            holds = self.measured >= self.at_least if self.at_least is not None else self.measured <= (limit or 0)
-            verdict = '<span class="holds">holds</span>' if holds else '<span class="fails">does not hold</span>'
+        verdict = {
+            True: '<span class="holds">holds</span>',
+            False: '<span class="fails">does not hold</span>',
+            None: "",
+        }[self.holds]
         return (
-            f'<tr><td>{escape(self.what)}</td><td class="number"><b>{plain(self.measured, self.style)}</b></td>'
-            f'<td class="number">{bound}</td><td class="number">{verdict}</td></tr>'
+            f'<tr><td>{escape(self.what)}</td><td class="number"><b>{self.value}</b></td>'
+            f'<td class="number">{escape(self.bound)}</td><td class="number">{verdict}</td></tr>'
         )
 
 
@@ -65,36 +86,43 @@ def _stage_cards(run: RunFiles) -> str:
     return f'<div class="stages">{"".join(cards)}</div>'
 
 
-def _checks(run: RunFiles) -> str:
-    summary = run.summary
+def checks(summary: Mapping[str, Any]) -> list[Check]:
+    """What the quickstart promises, as measured in one run.
+
+    Args:
+        summary: the content of summary.json.
+    """
     sft, rl = summary.get("accuracy_sft"), summary.get("accuracy_rl")
     controls = dict(summary.get("controls") or {})
     order = controls.pop("rl_order", None)
     peak = summary.get("peak_rss_bytes")
-    checks = [
-        _Check("Accuracy after RL", rl, at_least=0.80),
-        _Check("Gain of RL over SFT", None if sft is None or rl is None else rl - sft, 0.15),
-        _Check("Control: without the video", controls.pop("rl_without_video", None), at_most=0.35),
-        _Check(
+    return [
+        Check("Accuracy after RL", rl, at_least=0.80),
+        Check("Gain of RL over SFT", None if sft is None or rl is None else rl - sft, 0.15),
+        Check("Control: without the video", controls.pop("rl_without_video", None), at_most=0.35),
+        Check(
             "Control: frames shuffled in time, order questions",
             controls.pop("rl_order_frames_shuffled", None),
             at_most=None if order is None else order - 0.2,
-            why="" if order is None else f" = {order:.3f} &minus; 0.2",
+            why="" if order is None else f" = {order:.3f} - 0.2",
         ),
-        _Check("Control: SFT model, careful format forced", controls.pop("sft_forced_careful", None)),
-        *(_Check(f"Control: {name.replace('_', ' ')}", value) for name, value in controls.items()),
-        _Check(
+        Check("Control: SFT model, careful format forced", controls.pop("sft_forced_careful", None)),
+        *(Check(f"Control: {name.replace('_', ' ')}", value) for name, value in controls.items()),
+        Check(
             "Largest log-prob difference, engine to trainer", summary.get("logprob_diff_max"), at_most=1e-5, style=".1e"
         ),
-        _Check("Peak memory, GB", None if peak is None else peak / 1e9, at_most=4.0, style=".2f"),
-        _Check(
+        Check("Peak memory, GB", None if peak is None else peak / 1e9, at_most=4.0, style=".2f"),
+        Check(
             "Wall time without installation, s", (summary.get("wall_s") or {}).get("total"), at_most=360, style=".0f"
         ),
     ]
+
+
+def _checks(run: RunFiles) -> str:
     return (
         '<div class="scroll"><table class="checks"><thead><tr><th>What</th><th class="number">measured</th>'
         '<th class="number">bound</th><th class="number"></th></tr></thead>'
-        f"<tbody>{''.join(check.row() for check in checks)}</tbody></table></div>"
+        f"<tbody>{''.join(check.row() for check in checks(run.summary))}</tbody></table></div>"
     )
 
 

@@ -46,12 +46,18 @@ class NativeEngine:
             with self.time("prefill"):
                 prefix = self.policy.prefix(shared)
             with self.time("decode"):
-                rollouts = self._decode(prefix, shared, [seeds[i] for i in members])
+                rollouts = self._decode_in_turns(prefix, shared, [seeds[i] for i in members])
             groups = tuple(
                 Group(id=examples[i].id, example=examples[i], prompt=prompts[i], rollouts=tuple(group))
                 for i, group in zip(members, rollouts, strict=True)
             )
             yield groups, prefix
+
+    def _decode_in_turns(self, prefix: Prefix, prompts: Sequence[Prompt], seeds: Sequence[int]) -> list[list[Rollout]]:
+        """As many questions at a time as max_streams allows, but at least one."""
+        size = max(1, self.config.max_streams // self.config.group_size)
+        turns = [slice(start, start + size) for start in range(0, len(prompts), size)]
+        return [group for turn in turns for group in self._decode(prefix, prompts[turn], seeds[turn])]
 
     @torch.no_grad()
     def _decode(self, prefix: Prefix, prompts: Sequence[Prompt], seeds: Sequence[int]) -> list[list[Rollout]]:

@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 from rich.progress import track
 
-from longrl.config import RunConfig
+from longrl.config import DataRunConfig
 from longrl.data.examples import Skips, load_examples
 from longrl.models import load_family
 from longrl.types import Clip, MediaError
@@ -17,7 +17,7 @@ from longrl.video.cache import EmbedCache
 from longrl.video.encode import Encoder, embed
 
 
-def cache_build(config: RunConfig) -> None:
+def cache_build(config: DataRunConfig) -> None:
     """Embeds every clip of the training and evaluation data that is not in the cache yet.
 
     Raises:
