@@ -74,7 +74,8 @@ def run_quickstart(config: QuickstartConfig) -> Path:
             policy = Policy(load_family(config.model.at(model), config.runtime.seed))
             results[stage] = evaluate(policy, held_out, config, skips, stage=stage, **control)
             results[stage].write(run_dir / "eval" / f"{stage}.json")
-        logger.info("%s: accuracy on choice questions %s", stage, _accuracy(results[stage].by_kind, "choice"))
+        choice = _accuracy(results[stage].by_kind, "choice")
+        logger.info("%s: accuracy on choice questions %s", stage, "none" if choice is None else f"{choice:.3f}")
 
     measure("base", config.model.path)
     with usage.time("sft"):

@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 import torch
 
-from longrl.config import CacheConfig, DataConfig, ModelConfig, RunConfig
+from longrl.config import CacheConfig, DataConfig, DataRunConfig, ModelConfig
 from longrl.data.examples import Skips
 from longrl.types import Clip, MediaEmbeds, MediaError
 from longrl.video import cache as cache_module
@@ -349,7 +349,7 @@ def test_build_encodes_what_is_not_there_yet(tmp_path, video, capsys):
         for number, name in enumerate([video.name, video.name, "text.mp4"])
     ]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    config = RunConfig(
+    config = DataRunConfig(
         run_dir=str(tmp_path / "run"),
         model=ModelConfig(path="tiny:qwen2_5_vl"),
         data=DataConfig(train=str(tmp_path / "rows.jsonl"), on_error="skip"),

@@ -31,8 +31,9 @@ def scored(group: Group, rewards: list[float | None]) -> list[Scored]:
 
 @pytest.fixture
 def rolled() -> tuple[Policy, tuple[Group, ...], Prefix]:
-    policy = Policy(Qwen25VL.tiny(0, torch.float32))
-    prompts = make_prompts(policy.family, 60, ["what comes first?", "who?"])
+    family = Qwen25VL.tiny(0, torch.float32)
+    policy = Policy(family)
+    prompts = make_prompts(family, 60, ["what comes first?", "who?"])
     examples = [Example(id=f"q{i}", messages=(), answer=None, kind="open") for i in range(2)]
     engine = NativeEngine(policy, RolloutConfig(group_size=4, max_new_tokens=6))
     [(groups, prefix)] = engine.rollout(examples, prompts, [0, 1])
@@ -41,7 +42,7 @@ def rolled() -> tuple[Policy, tuple[Group, ...], Prefix]:
 
 @pytest.mark.parametrize("normalise", ["token", "sequence"])
 def test_the_logged_loss_is_what_the_gradient_is_of(rolled, normalise):
-    """At ratio 1 a token's loss is minus its advantage. The second group has no signal but counts in the denominator."""
+    """At ratio 1 a token's loss is minus its advantage. The second group has no signal but counts as well."""
     policy, groups, prefix = rolled
     ones = [scored(groups[0], [1.0, 0.0, None, 0.5]), scored(groups[1], [1.0, 1.0, 1.0, 1.0])]
     totals = Totals()
