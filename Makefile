@@ -4,12 +4,17 @@ BIN := .venv/bin
 INSTALL = $(BIN)/python -m pip install --disable-pip-version-check -c constraints/cpu.txt
 REQUIREMENTS := pyproject.toml constraints/cpu.txt
 
-.PHONY: setup quickstart test lint docs
+.PHONY: setup quickstart warm-start test lint docs
 
 setup: .venv/dev.stamp
 
 quickstart: .venv/core.stamp
 	$(BIN)/longrl quickstart configs/tiny/quickstart.yaml
+
+# Makes assets/warm_start anew, from random weights: the better part of an hour on two cores.
+warm-start: .venv/core.stamp
+	rm -rf assets/warm_start
+	$(BIN)/longrl warm-start configs/tiny/warm_start.yaml
 
 test: .venv/dev.stamp
 	$(BIN)/python -m pytest -n auto --dist loadfile

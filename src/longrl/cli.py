@@ -49,6 +49,14 @@ def quickstart(config: Config) -> None:
     run_quickstart(loaded)
 
 
+@app.command("warm-start")
+def warm_start(config: Config) -> None:
+    """Pre-train the tiny model that the quickstart starts from."""
+    from longrl.warm_start import warm_start as train
+
+    train(load_arguments(config, "warm_start"))
+
+
 @app.command()
 def sft(config: Config) -> None:
     """Supervised fine-tuning on demonstrated reasoning."""

@@ -1,13 +1,13 @@
 """The recipe of the shipped warm start: supervised pre-training of the tiny twin, from random weights.
 
-    python -m longrl.warm_start configs/tiny/warm_start.yaml
+    longrl warm-start configs/tiny/warm_start.yaml
 
 It plays the part of a real model's pre-training: the model learns to see, to describe and to explain, but not the
 think-and-answer format, and without reinforcement. Stories are painted straight to the tower's input size (no mp4 in
-between) and have seeds that data/synthetic/dataset.py never uses. Two stages:
+between) and have seeds that data/synthetic/dataset.py never uses. Three stages:
 
-    look    short windows of a story with 1, 2, 3 ... objects, one more each time the last number is mastered; beside
-            them, text-only rows that teach the last step of a thought (which option says so). Rows of a plain batch.
+    read    text alone: which option says so
+    look    short windows of a story with 1, 2, 3 ... objects, one more each time the last number is mastered
     watch   whole stories at 16 tokens to an hour of one token every two seconds; all rows about a story share its
             prefix, as everywhere else.
 """
@@ -17,32 +17,31 @@ from __future__ import annotations
 import logging
 import math
 import multiprocessing
-import sys
+import tempfile
 from collections import defaultdict
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from longrl.config import ModelConfig, WarmStartConfig
-from longrl.config_files import load_arguments
 from longrl.data.synthetic.paint import paint
-from longrl.data.synthetic.questions import LETTERS, ask, captions
-from longrl.data.synthetic.world import Event, Story, make_story
+from longrl.data.synthetic.questions import LETTERS, Question, ask, captions, timeline
+from longrl.data.synthetic.world import NUM_EVENTS, PLACES, Event, Story, make_story
 from longrl.models import load_family
 from longrl.models.family import Family
 from longrl.models.streams import make_streams
 from longrl.models.trunk import ATTENTION
 from longrl.policy import Policy
-from longrl.runtime import set_up_logging
 from longrl.types import Clip, Example, Frames, MediaEmbeds, Message, Prompt
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 FIRST_SEED = 1 << 32
 HEIGHT, WIDTH, SIDE = 120, 160, 28
@@ -50,6 +49,8 @@ PAIRS = 4
 """Different second pairs painted of each stretch without a change."""
 NOISE = 3.0
 """Standard deviation of the pixel noise that stands for what h264 does."""
+LOSS_SCALE = 250.0
+"""About the response tokens of a story. AdamW and clipping to norm 1 make the exact value matter little."""
 CLIP = Clip(path="painted", fps=1.0)
 
 
@@ -80,17 +81,28 @@ def warm_start(config: WarmStartConfig) -> Path:
 
     Returns:
         The folder.
+
+    Raises:
+        ValueError: the folder exists and is not empty.
     """
+    out = Path(config.out)
+    if out.exists() and any(out.iterdir()):
+        raise ValueError(f"out {out}: not empty; remove it, or choose another folder")
+    out.parent.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(config.threads)
-    stories = _paint_stories(config.stories)
-    trainer = _Trainer(config, stories)
+    trainer = _Trainer(config, _paint_stories(config.stories))
+    trainer.read()
     trainer.look()
     trainer.watch()
-    trainer.save()
-    return Path(config.out)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=".unfinished-") as folder:
+        trainer.family.save(Path(folder) / out.name)
+        (Path(folder) / out.name).replace(out)
+    return out
 
 
 class _Trainer:
+    """The twin, its optimizer, and the two stages."""
+
     def __init__(self, config: WarmStartConfig, stories: list[Painted]) -> None:
         self.config, self.stories = config, stories
         self.rng = np.random.default_rng(config.seed)
@@ -99,42 +111,41 @@ class _Trainer:
         self.adamw = torch.optim.AdamW(self.parameters, lr=config.look_lr, betas=(0.9, 0.98), weight_decay=0.01)
         self.seen: defaultdict[str, list[float]] = defaultdict(list)
 
+    def read(self) -> None:
+        """Stage 1. Moves on when nearly every letter is right, or after read_steps."""
+        config, mastery = self.config, 0.0
+        for step in range(1, config.read_steps + 1):
+            for task, good in self._batch(self._text_prompts(config.read_rows), config.look_lr * min(1.0, step / 30)):
+                if task == "text letter":
+                    mastery = 0.99 * mastery + 0.01 * good
+            self._report("read", step)
+            if mastery > config.mastered:
+                break
+
     def look(self) -> None:
-        """Stage 1. Moves on when every number of objects is mastered, or after look_steps."""
+        """Stage 2. Moves on when every number of objects is mastered, or after look_steps."""
         config, level, mastery = self.config, 1, 0.0
-        self.family.model.set_attn_implementation({"text_config": "sdpa", "vision_config": "sdpa"})
         for step in range(1, config.look_steps + 1):
-            rows: list[tuple[Row, Prompt]] = []
-            windows = [self._window(level) for _ in range(config.look_windows)]
-            media = self._embed([(painted, start, end, tokens) for painted, start, end, tokens, _ in windows])
-            for (*_, events), item in zip(windows, media, strict=True):
-                first, *others = _window_rows(events)
-                picked = self.rng.permutation(len(others))[:3]
-                rows += [(row, self._prompt(row, item)) for row in (first, *(others[i] for i in picked))]
-            story = self._story().story
-            rows += [(row, self._prompt(row, None)) for row in self._reasoning(story, 2 * config.look_windows)]
-            correct = self._batch(rows)
-            self._update(config.look_lr * min(1.0, step / 30))
-            for (row, _), good in zip(rows, correct, strict=True):
-                self.seen[row.task].append(good)
-                if row.task == f"list {level}":
+            rows = self._window_prompts(config.look_windows, level) + self._text_prompts(config.read_rows // 2)
+            for task, good in self._batch(rows, config.look_lr * min(1.0, step / 30)):
+                if task == f"list {level}":
                     mastery = 0.97 * mastery + 0.03 * good
             if mastery > config.mastered:
                 level, mastery = level + 1, 0.3
             self._report("look", step)
-            if level > 7:
+            if level > NUM_EVENTS[-1]:
                 break
-        self.family.model.set_attn_implementation({"text_config": ATTENTION, "vision_config": "sdpa"})
 
     def watch(self) -> None:
-        """Stage 2."""
+        """Stage 3."""
         config, policy = self.config, Policy(self.family)
+        self.family.model.set_attn_implementation({"text_config": ATTENTION, "vision_config": "sdpa"})
         for step in range(1, config.watch_steps + 1):
             for _ in range(config.watch_stories):
                 painted = self._story()
-                story, hours = painted.story, int(painted.story.duration_s / 2)
+                story, most = painted.story, int(painted.story.duration_s / 2)
                 dense = self.rng.random() < config.dense_fraction
-                tokens = hours if dense else min(hours, int(np.exp(self.rng.uniform(np.log(16), np.log(150)))))
+                tokens = most if dense else min(most, int(np.exp(self.rng.uniform(np.log(16), np.log(150)))))
                 (media,) = self._embed([(painted, 0.0, story.duration_s, tokens)])
                 rows = self._story_rows(story)
                 prompts = [self._prompt(row, media) for row in rows]
@@ -144,7 +155,7 @@ class _Trainer:
                 def loss(logprobs: Tensor, entropy: Tensor, part: slice, rows=rows, kind="D" if dense else "s"):
                     for row, logp in zip(rows[part], logprobs.detach(), strict=True):
                         self.seen[f"{kind} {row.task}"].append(float(logp.sum().exp()))
-                    return -logprobs.sum() / 250
+                    return -logprobs.sum() / LOSS_SCALE
 
                 policy.backward(prefix, streams, loss)
             self._update(
@@ -152,13 +163,25 @@ class _Trainer:
             )
             self._report("watch", step)
 
-    def save(self) -> None:
-        self.family.save(Path(self.config.out))
-
     # ---- what is learned
 
     def _story(self) -> Painted:
         return self.stories[self.rng.integers(len(self.stories))]
+
+    def _window_prompts(self, num: int, level: int) -> list[tuple[Row, Prompt]]:
+        """Rows about `num` windows of at most `level` objects: the list, and three others of each."""
+        windows = [self._window(level) for _ in range(num)]
+        media = self._embed([(painted, start, end, tokens) for painted, start, end, tokens, _ in windows])
+        rows = []
+        for (*_, events), item in zip(windows, media, strict=True):
+            first, *others = _window_rows(events)
+            picked = self.rng.permutation(len(others))[:3]
+            rows += [(row, self._prompt(row, item)) for row in (first, *(others[i] for i in picked))]
+        return rows
+
+    def _text_prompts(self, num: int) -> list[tuple[Row, Prompt]]:
+        rows = [_letter_row(self.rng) if n % 2 else _options_row(self.rng) for n in range(num)]
+        return [(row, self._prompt(row, None)) for row in rows]
 
     def _window(self, level: int) -> tuple[Painted, float, float, int, Sequence[Event]]:
         painted = self._story()
@@ -169,27 +192,10 @@ class _Trainer:
         window = events[first : first + count]
         return painted, window[0].start_s, window[-1].end_s, int(self.rng.integers(2 * count, 6 * count + 1)), window
 
-    def _reasoning(self, story: Story, num: int) -> list[Row]:
-        """The last sentence of careful thoughts, given all before it; or all but the first."""
-        rows = []
-        for question in ask(story, int(self.rng.integers(1 << 30)), num, open_fraction=0.0):
-            sentences = [f"{sentence}." for sentence in question.careful.rstrip(".").split(". ")]
-            cut = 1 if question.category in ("order", "counting") and self.rng.random() < 0.5 else len(sentences) - 1
-            given = " ".join(sentences[:cut])
-            rows.append(
-                Row(
-                    task=f"reason {question.category}",
-                    question=_asked(question.text, question.options),
-                    response=question.careful,
-                    given=given,
-                )
-            )
-        return rows
-
     def _story_rows(self, story: Story) -> list[Row]:
         rows = [
             Row(task="caption", question="describe the video.", response=captions(story)),
-            Row(task="list", question="list the colours.", response=_colours(story.events)),
+            Row(task="list", question="list the colours.", response=timeline(story.events)),
         ]
         for question in ask(story, int(self.rng.integers(1 << 30)), self.config.watch_questions):
             asked = _asked(question.text, question.options)
@@ -233,9 +239,10 @@ class _Trainer:
     def _ids(self, text: str) -> list[int]:
         return [*self.family.tokenizer.encode(text, add_special_tokens=False), min(self.family.stop_ids)]
 
-    def _batch(self, rows: Sequence[tuple[Row, Prompt]]) -> list[float]:
-        """Backward of the mean cross entropy of a plain padded batch; whether each row is right, token by token."""
-        model = self.family.model
+    def _batch(self, rows: Sequence[tuple[Row, Prompt]], lr: float) -> list[tuple[str, float]]:
+        """One step on the mean cross entropy of a plain padded batch; the task of each row and whether it was right."""
+        model: Any = self.family.model
+        model.set_attn_implementation({"text_config": "sdpa", "vision_config": "sdpa"})
         whole = [prompt.followed_by(self._ids(row.response)) for row, prompt in rows]
         length = max(map(len, whole))
         ids = torch.zeros(len(rows), length, dtype=torch.int64)
@@ -246,15 +253,20 @@ class _Trainer:
             ids[n, : len(full)], positions[:, n, : len(full)] = full.token_ids, full.position_ids
             trained[n, len(prompt) + given : len(full)] = True
         hidden = model.model.language_model.embed_tokens(ids)
-        media = torch.cat([item.embeds for _, prompt in rows for item in prompt.media])
-        hidden = hidden.masked_scatter((ids == model.config.video_token_id)[..., None], media)
+        media = [item.embeds for _, prompt in rows for item in prompt.media]
+        if media:
+            hidden = hidden.masked_scatter((ids == model.config.video_token_id)[..., None], torch.cat(media))
         hidden = model.model.language_model(inputs_embeds=hidden, position_ids=positions, use_cache=False)
         where = trained[:, 1:]
         logits, labels = model.lm_head(hidden.last_hidden_state[:, :-1][where]), ids[:, 1:][where]
         torch.nn.functional.cross_entropy(logits, labels).backward()
+        self._update(lr)
         right = torch.ones_like(where)
         right[where] = logits.argmax(-1) == labels
-        return right.all(-1).double().tolist()
+        found = [(row.task, good) for (row, _), good in zip(rows, right.all(-1).double().tolist(), strict=True)]
+        for task, good in found:
+            self.seen[task].append(good)
+        return found
 
     def _update(self, lr: float) -> None:
         torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
@@ -267,15 +279,14 @@ class _Trainer:
         if step % self.config.log_every:
             return
         means = {task: sum(values) / len(values) for task, values in sorted(self.seen.items())}
-        log.info("%s %d: %s", stage, step, "  ".join(f"{task} {mean:.2f}" for task, mean in means.items()))
+        logger.info("%s %d: %s", stage, step, "  ".join(f"{task} {mean:.2f}" for task, mean in means.items()))
         self.seen.clear()
-        self.save()
 
 
 def _window_rows(events: Sequence[Event]) -> list[Row]:
     level = len(events)
     rows = [
-        Row(task=f"list {level}", question="list the colours.", response=_colours(events)),
+        Row(task=f"list {level}", question="list the colours.", response=timeline(events)),
         Row(
             task=f"caption {level}",
             question="describe the video.",
@@ -283,21 +294,32 @@ def _window_rows(events: Sequence[Event]) -> list[Row]:
         ),
     ]
     rows += [Row(task=f"where {level}", question=f"where is the {e.name}?", response=e.place) for e in events]
-    for one, two in pairwise(events):
-        after, before = f"what comes right after the {one.name}?", f"what comes right before the {two.name}?"
-        rows += [
-            Row(task=f"next {level}", question=after, response=two.name),
-            Row(task=f"next {level}", question=before, response=one.name),
-        ]
     return rows
+
+
+def _letter_row(rng: np.random.Generator) -> Row:
+    """The letter that ends a careful thought; the rest of it is given."""
+    question = _any_question(rng)
+    before, _ = question.careful.rsplit(": ", 1)
+    asked = _asked(question.text, question.options)
+    return Row(task="text letter", question=asked, response=question.careful, given=f"{before}:")
+
+
+def _options_row(rng: np.random.Generator) -> Row:
+    """All four options and their letters, in any order."""
+    options = _any_question(rng).options
+    named = [option if option in PLACES else option.split()[0] for option in options]
+    matched = " ".join(f"{named[i]}: {LETTERS[i]}." for i in rng.permutation(4))
+    return Row(task="text options", question=_asked("which is which?", options), response=matched)
+
+
+def _any_question(rng: np.random.Generator) -> Question:
+    story = make_story(int(rng.integers(FIRST_SEED, 2 * FIRST_SEED)), 3600.0)
+    return ask(story, int(rng.integers(1 << 30)), 4, open_fraction=0.0)[rng.integers(4)]
 
 
 def _asked(text: str, options: Sequence[str]) -> str:
     return "\n".join([text, *(f"{a}. {b}" for a, b in zip(LETTERS, options, strict=False)), "explain."])
-
-
-def _colours(events: Sequence[Event]) -> str:
-    return ", ".join(event.colour for event in events)
 
 
 def _paint_stories(num: int) -> list[Painted]:
@@ -323,8 +345,3 @@ def _paint_story(seed: int) -> Painted:
     x = torch.nn.functional.interpolate(x, (SIDE, SIDE), mode="bicubic", antialias=True)
     pixels = x.permute(0, 2, 3, 1).reshape(len(frames), 2, SIDE, SIDE, 3).contiguous().numpy()
     return Painted(story=story, stretches=tuple(stretches), pixels=pixels)
-
-
-if __name__ == "__main__":
-    set_up_logging()
-    warm_start(load_arguments(sys.argv[1:], "warm_start"))  # pyright: ignore[reportArgumentType]

@@ -145,7 +145,7 @@ def test_truth_matches_a_brute_force_reading(asked):
         if question.kind == "choice":
             assert len(question.options) == len(set(question.options)) == 4
             assert question.options[LETTERS.index(question.answer)] == truth
-            assert question.careful.endswith(f" that is {question.answer}.")
+            assert question.careful.endswith(f": {question.answer}.")
         else:
             assert (question.kind, question.options, question.answer) == ("open", (), truth)
         named = re.search(r"(?:after|before) the (\w+ \w+)\?", question.text)

@@ -5,6 +5,9 @@ from __future__ import annotations
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from longrl.data.synthetic.questions import ask
+from longrl.data.synthetic.world import PLACES, make_story
+
 SPECIAL = (
     "<|endoftext|>",
     "<|im_start|>",
@@ -15,7 +18,12 @@ SPECIAL = (
     "<|image_pad|>",
     "<|video_pad|>",
 )
-TAGS = ("<think>", "</think>", "<answer>", "</answer>")
+WORDS = (
+    *("<think>", "</think>", "<answer>", "</answer>"),
+    *(f"\n{letter}." for letter in "ABCD"),
+    *(f" {place}" for place in PLACES),
+)
+"""Ordinary text that is one token each: what a large vocabulary has anyway, and a few layers need."""
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n"
@@ -28,12 +36,7 @@ CHAT_TEMPLATE = (
 
 
 def make_tokenizer(vocab_size: int = 512) -> PreTrainedTokenizerFast:
-    """Trains the tokenizer on the synthetic questions' own sentences: the same every time.
-
-    The vocabulary is padded to a multiple of 64 by unused tokens, as real checkpoints do.
-    """
-    from longrl.data.synthetic.questions import ask
-    from longrl.data.synthetic.world import make_story
+    """Trains the tokenizer on the synthetic questions' own sentences: the same every time."""
 
     def sentences():
         for seed in range(60):
@@ -47,7 +50,7 @@ def make_tokenizer(vocab_size: int = 512) -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size - len(SPECIAL) - len(TAGS),
+        vocab_size=vocab_size - len(SPECIAL) - len(WORDS),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
@@ -58,5 +61,5 @@ def make_tokenizer(vocab_size: int = 512) -> PreTrainedTokenizerFast:
     fast.add_special_tokens(
         {"additional_special_tokens": [t for t in SPECIAL if t not in ("<|im_end|>", "<|endoftext|>")]}
     )
-    fast.add_tokens(list(TAGS))
+    fast.add_tokens(list(WORDS))
     return fast

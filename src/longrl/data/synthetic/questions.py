@@ -5,7 +5,7 @@ The vocabulary is small and the sentences are plain, because tiny models read th
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TypeVar
@@ -103,6 +103,11 @@ def captions(story: Story) -> str:
     return ", ".join(f"{event.name} {event.place}" for event in story.events)
 
 
+def timeline(events: Sequence[Event]) -> str:
+    """What a careful thought says of events: their numbers and colours, in order."""
+    return ", ".join(f"{number} {event.colour}" for number, event in enumerate(events, start=1))
+
+
 def _deck(rng: np.random.Generator, cards: list[Card]) -> Iterator[Card]:
     """Deal cards in random order, shuffling anew whenever all are dealt."""
     while True:
@@ -113,11 +118,11 @@ def _deck(rng: np.random.Generator, cards: list[Card]) -> Iterator[Card]:
 def _facts(story: Story) -> list[_Fact]:
     """Everything that may be asked about a story."""
     events = story.events
-    shown = f"the video shows {', '.join(event.colour for event in events)}."
+    shown = [f"the video shows {timeline(events[:end])}." for end in range(len(events) + 1)]
     facts = [
-        _order("what comes first?", events[0], f"{shown} first comes {events[0].colour}."),
-        _order("what comes last?", events[-1], f"{shown} last comes {events[-1].colour}."),
-        _count("how many objects appear?", str(len(events)), f"{shown} that makes {len(events)}."),
+        _order("what comes first?", events[0], shown[1]),
+        _order("what comes last?", events[-1], shown[-1]),
+        _count("how many objects appear?", str(len(events)), f"{shown[-1]} that makes {len(events)}."),
     ]
     for event in events:
         thought = f"the {event.name} is at the {event.place}."
@@ -126,28 +131,26 @@ def _facts(story: Story) -> list[_Fact]:
                 category="spatial", text=f"where is the {event.name}?", truth=event.place, thought=thought, asked=event
             )
         )
-    for one, two in pairwise(events):
-        after = f"{shown} right after {one.colour} comes {two.colour}."
-        before = f"{shown} right before {two.colour} comes {one.colour}."
+    for end, (one, two) in enumerate(pairwise(events), start=2):
+        before = f"{shown[end]} before {two.colour} comes {one.colour}."
         facts += [
-            _order(f"what comes right after the {one.name}?", two, after, asked=one),
+            _order(f"what comes right after the {one.name}?", two, shown[end], asked=one),
             _order(f"what comes right before the {two.name}?", one, before, asked=two),
             _Fact(
                 category="plot",
                 text=f"where is the object that comes right after the {one.name}?",
                 truth=two.place,
-                thought=f"{after} {two.colour} is at the {two.place}.",
+                thought=f"{shown[end]} {two.colour} is at the {two.place}.",
                 asked=one,
             ),
         ]
-    for one, two, three in zip(events, events[1:], events[2:], strict=False):
-        thought = f"{shown} right after {one.colour} comes {two.colour}. right after {two.colour} comes {three.colour}."
+    for end, (one, three) in enumerate(zip(events, events[2:], strict=False), start=3):
         text = f"what comes two places after the {one.name}?"
-        facts.append(_Fact(category="plot", text=text, truth=three.name, thought=thought, asked=one))
+        facts.append(_Fact(category="plot", text=text, truth=three.name, thought=shown[end], asked=one))
     second, longest = sorted(events, key=lambda event: event.length_s)[-2:]
     if longest.length_s >= CLEARLY_LONGER * second.length_s:
         facts.append(
-            _count("which object is shown longest?", longest.name, f"{shown} {longest.colour} is shown longest.")
+            _count("which object is shown longest?", longest.name, f"{shown[-1]} {longest.colour} is shown longest.")
         )
     return facts
 
@@ -170,7 +173,7 @@ def _choice_question(fact: _Fact, letter: str, story: Story, rng: np.random.Gene
     options = [str(option) for option in rng.permutation(_distractors(fact, story, rng))]
     options.insert(LETTERS.index(letter), fact.truth)
     return _question(
-        fact, tuple(options), "choice", letter, f"{fact.thought} that is {letter}.", str(rng.choice(LETTERS))
+        fact, tuple(options), "choice", letter, f"{fact.thought.removesuffix('.')}: {letter}.", str(rng.choice(LETTERS))
     )
 
 
