@@ -15,6 +15,8 @@ SHIPPED = Path(__file__).parents[2] / "assets/warm_start"
 SMALL = {
     "threads": 1,
     "stories": 4,
+    "read_steps": 2,
+    "read_rows": 4,
     "look_steps": 2,
     "look_windows": 2,
     "watch_steps": 2,
