@@ -51,14 +51,14 @@ def run_guarded(command: Callable[[], None], show_traceback: bool) -> int:
     except KeyboardInterrupt:
         return _interrupted(signals)
     except BrokenPipeError:
-        # The reader of stdout has gone; without this, Python complains when it flushes at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_unwritable_output()
         return 1
     except Exception as error:  # noqa: BLE001 - the outermost frame: everything is reported, nothing is swallowed
         if show_traceback:
             traceback.print_exc()
         line, status = _describe(error)
         _say(line)
+        _drop_unwritable_output()
         return status
 
 
@@ -74,6 +74,14 @@ def _describe(error: Exception) -> tuple[str, int]:
     if isinstance(error, OSError | RuntimeError | ImportError) and not isinstance(error, NotImplementedError):
         return f"error: {error}", 1
     return f"internal error: {type(error).__name__}: {error} (a bug in longrl: --traceback shows where)", 70
+
+
+def _drop_unwritable_output() -> None:
+    """Forgets what is left for a stdout that is full or has no reader: Python would fail on it again at exit (120)."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _interrupted(signals: list[int]) -> int:

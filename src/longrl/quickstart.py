@@ -62,7 +62,7 @@ def run_quickstart(config: QuickstartConfig) -> Path:
     usage, results = Usage(run_dir / "usage.json"), dict[str, EvalResult]()
     with usage.time("videos"):
         data = build_dataset(config.videos)
-        gallery(list(data.videos), run_dir / "gallery.png")
+        gallery([*data.videos[:2], *data.videos[-2:]], run_dir / "gallery.png")
     sft, rl = _stages(config, data)
     skips = Skips(rl.data)
     with usage.time("embeddings"):
