@@ -181,6 +181,14 @@ class LoopConfig(Section):
 class TrainConfig(LoopConfig, DataRunConfig):
     """What every training run has."""
 
+    @field_validator("model")
+    @classmethod
+    def _can_be_updated(cls, model: ModelConfig) -> ModelConfig:
+        # a step of 1e-6 is lost in the rounding of a bfloat16 weight
+        if model.dtype == "bfloat16":
+            raise ValueError("model.dtype is bfloat16, which has no room for small updates; train in float32")
+        return model
+
 
 class SftConfig(TrainConfig):
     kind: Literal["sft"] = "sft"

@@ -149,6 +149,10 @@ def test_unknown_key_names_the_nearest_and_the_line(line, words, base, tmp_path)
         ("run_dir=2024", "run_dir: got 2024, expected a valid string"),
         ("run_dir.x=1", 'run_dir: got {"x": 1}, expected a valid string'),
         ("model.dtype=half", "model.dtype: got \"half\", expected 'float32', 'bfloat16' or 'float64'"),
+        (
+            "model.dtype=bfloat16",
+            "model: model.dtype is bfloat16, which has no room for small updates; train in float32",
+        ),
         ("optim.betas=[1]", "optim.betas.1: missing; every configuration of kind rl sets it"),
         ("video.num_frames=8", "video: set exactly one of fps and num_frames; write `fps: null` to use num_frames"),
         ("optim.warmup_steps=10", "optim: warmup_steps is 10, expected fewer than the 10 steps of the run"),
