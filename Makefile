@@ -11,9 +11,8 @@ setup: .venv/dev.stamp
 quickstart: .venv/core.stamp
 	$(BIN)/longrl quickstart configs/tiny/quickstart.yaml
 
-# Makes assets/warm_start anew, from random weights: the better part of an hour on two cores.
+# Makes runs/warm_start from random weights, by the recipe of assets/warm_start: an hour on two cores.
 warm-start: .venv/core.stamp
-	rm -rf assets/warm_start
 	$(BIN)/longrl warm-start configs/tiny/warm_start.yaml
 
 test: .venv/dev.stamp

@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 
 from longrl.config import ModelConfig, WarmStartConfig
+from longrl.data.prompts import response_ids
 from longrl.data.synthetic.paint import paint
 from longrl.data.synthetic.questions import LETTERS, Question, ask, captions, timeline
 from longrl.data.synthetic.world import NUM_EVENTS, PLACES, Event, Story, make_story
@@ -101,7 +102,7 @@ def warm_start(config: WarmStartConfig) -> Path:
 
 
 class _Trainer:
-    """The twin, its optimizer, and the two stages."""
+    """The twin, its optimizer, and the three stages."""
 
     def __init__(self, config: WarmStartConfig, stories: list[Painted]) -> None:
         self.config, self.stories = config, stories
@@ -237,7 +238,7 @@ class _Trainer:
         return self.family.prompt(example, () if media is None else (media,))
 
     def _ids(self, text: str) -> list[int]:
-        return [*self.family.tokenizer.encode(text, add_special_tokens=False), min(self.family.stop_ids)]
+        return response_ids(self.family, text)
 
     def _batch(self, rows: Sequence[tuple[Row, Prompt]], lr: float) -> list[tuple[str, float]]:
         """One step on the mean cross entropy of a plain padded batch; the task of each row and whether it was right."""
