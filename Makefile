@@ -4,12 +4,18 @@ BIN := .venv/bin
 INSTALL = $(BIN)/python -m pip install --disable-pip-version-check -c constraints/cpu.txt
 REQUIREMENTS := pyproject.toml constraints/cpu.txt
 
-.PHONY: setup quickstart warm-start test lint docs
+.PHONY: setup quickstart seeds warm-start test lint docs
 
 setup: .venv/dev.stamp
 
 quickstart: .venv/core.stamp
 	$(BIN)/longrl quickstart configs/tiny/quickstart.yaml
+
+# The quickstart with three seeds (of videos, data order and sampling), one after another, into runs/seed-0, -1 and -2.
+seeds: .venv/core.stamp
+	for seed in 0 1 2; do \
+	  $(BIN)/longrl quickstart configs/tiny/quickstart.yaml run_dir=runs/seed-$$seed videos.dir=runs/seed-$$seed-videos \
+	    runtime.seed=$$seed videos.seed=$$seed || exit 1; done
 
 # Makes runs/warm_start from random weights, by the recipe of assets/warm_start: an hour on two cores.
 warm-start: .venv/core.stamp

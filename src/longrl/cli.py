@@ -26,6 +26,8 @@ app = typer.Typer(
 )
 cache_app = typer.Typer(no_args_is_help=True, help="The cache of video embeddings.")
 video_app = typer.Typer(no_args_is_help=True, help="See a video as a model does.")
+bench_app = typer.Typer(no_args_is_help=True, help="Measure this machine.")
+app.add_typer(bench_app, name="bench")
 app.add_typer(cache_app, name="cache")
 app.add_typer(video_app, name="video")
 
@@ -124,6 +126,22 @@ def export(
     from longrl.checkpoint import export_command
 
     export_command(run, step, out)
+
+
+@bench_app.command("step")
+def bench_step(
+    prompt_tokens: Annotated[int, typer.Option(min=2)] = 4096,
+    group_size: Annotated[int, typer.Option(min=1, help="Responses.")] = 8,
+    response_tokens: Annotated[int, typer.Option(min=1)] = 64,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed runs of each path, after one that is not.")] = 3,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; all if not given.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """One training step along several paths: the prompt once, or once for every response."""
+    from longrl.bench import Work, bench_step
+
+    work = Work(prompt_tokens=prompt_tokens, group_size=group_size, response_tokens=response_tokens)
+    bench_step(work, repeats, threads, as_json)
 
 
 @cache_app.command("build")

@@ -254,16 +254,16 @@ class WarmStartConfig(Section):
     seed: int = 0
     threads: Annotated[int, Field(ge=1)] = 2
     stories: Annotated[int, Field(ge=1)] = 3000
-    read_steps: Annotated[int, Field(ge=0)] = 1500
-    read_rows: Annotated[int, Field(ge=2)] = 24
-    look_steps: Annotated[int, Field(ge=0)] = 1800
+    read_steps: Annotated[int, Field(ge=0)] = 2000
+    read_rows: Annotated[int, Field(ge=8)] = 24
+    look_steps: Annotated[int, Field(ge=0)] = 1350
     look_windows: Annotated[int, Field(ge=1)] = 12
     look_lr: Annotated[float, Field(gt=0)] = 1e-3
     mastered: Annotated[float, Field(gt=0, lt=1)] = 0.85
     """Share of right responses at which a stage goes on."""
-    watch_steps: Annotated[int, Field(ge=0)] = 2000
+    watch_steps: Annotated[int, Field(ge=0)] = 1400
     watch_stories: Annotated[int, Field(ge=1)] = 8
-    watch_questions: Annotated[int, Field(ge=1)] = 4
+    watch_questions: Annotated[int, Field(ge=1)] = 6
     watch_lr: Annotated[float, Field(gt=0)] = 7e-4
     dense_fraction: Annotated[float, Field(ge=0, le=1)] = 0.15
     """Share of stories sampled at one token every two seconds."""

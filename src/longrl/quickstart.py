@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-import resource
 import shutil
-import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -30,7 +28,7 @@ from longrl.policy import Policy
 from longrl.report.headline import checks
 from longrl.report.html import write_report
 from longrl.report.metrics import read_metrics
-from longrl.runtime import start_run
+from longrl.runtime import peak_rss_bytes, start_run
 from longrl.train_rl import train_rl
 from longrl.train_sft import train_sft
 from longrl.video.cache import EmbedCache
@@ -128,13 +126,7 @@ class Usage:
 
     def so_far(self) -> dict[str, Any]:
         total = self.total_before + time.perf_counter() - self.began
-        return {"wall_s": {"total": total, **self.parts}, "peak_rss_bytes": max(self.peak, _peak_rss_bytes())}
-
-
-def _peak_rss_bytes() -> int:
-    """The largest resident memory of this process, or of one that it waited for (they render videos)."""
-    peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    return peak if sys.platform == "darwin" else 1024 * peak
+        return {"wall_s": {"total": total, **self.parts}, "peak_rss_bytes": max(self.peak, peak_rss_bytes())}
 
 
 def _stages(config: QuickstartConfig, data: Dataset) -> tuple[SftConfig, RlConfig]:

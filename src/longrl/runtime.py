@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import resource
 import sys
 from pathlib import Path
 from typing import Any
@@ -94,3 +95,9 @@ def _require_same(config: RunConfig, path: Path) -> None:
         f"run_dir {path.parent} holds a run with another configuration: {key} is {was} there, {now} here"
         f"{f' (and {more} more)' if more else ''}; choose another run_dir, or delete {path.parent} to start over"
     )
+
+
+def peak_rss_bytes() -> int:
+    """The largest resident memory of this process, or of one that it waited for (they render videos)."""
+    peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return peak if sys.platform == "darwin" else 1024 * peak

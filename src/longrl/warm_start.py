@@ -2,11 +2,11 @@
 
     longrl warm-start configs/tiny/warm_start.yaml
 
-It plays the part of a real model's pre-training: the model learns to see, to describe and to explain, but not the
-think-and-answer format, and without reinforcement. Stories are painted straight to the tower's input size (no mp4 in
-between) and have seeds that data/synthetic/dataset.py never uses. Three stages:
+It plays the part of a real model's pre-training, without reinforcement: the model learns to see, to describe, and to
+think and answer when a question ends with "explain." or "answer.". Stories are painted straight to the tower's input
+size (no mp4 in between) and have seeds that data/synthetic/dataset.py never uses. Three stages:
 
-    read    text alone: which option says so
+    read    text alone: which option says what
     look    short windows of a story with 1, 2, 3 ... objects, one more each time the last number is mastered
     watch   whole stories at 16 tokens to an hour of one token every two seconds; all rows about a story share its
             prefix, as everywhere else.
@@ -33,8 +33,8 @@ from torch import Tensor
 from longrl.config import ModelConfig, WarmStartConfig
 from longrl.data.prompts import response_ids
 from longrl.data.synthetic.paint import paint
-from longrl.data.synthetic.questions import LETTERS, Question, ask, captions, timeline
-from longrl.data.synthetic.world import NUM_EVENTS, PLACES, Event, Story, make_story
+from longrl.data.synthetic.questions import COUNTS, LETTERS, Question, ask, places, response, timeline
+from longrl.data.synthetic.world import COLOURS, NUM_EVENTS, PLACES, SHAPES, Event, Story, make_story
 from longrl.models import load_family
 from longrl.models.family import Family
 from longrl.models.streams import make_streams
@@ -52,6 +52,9 @@ NOISE = 3.0
 """Standard deviation of the pixel noise that stands for what h264 does."""
 LOSS_SCALE = 250.0
 """About the response tokens of a story. AdamW and clipping to norm 1 make the exact value matter little."""
+TEXT_EVERY = 3
+"""Steps of `watch` to one of text."""
+LETTER_TOKENS = tuple(f" ({letter})" for letter in LETTERS)
 CLIP = Clip(path="painted", fps=1.0)
 
 
@@ -75,6 +78,8 @@ class Row:
     response: str
     given: str = ""
     """The beginning of the response, which is not trained."""
+    judged: tuple[str, ...] = ()
+    """The tokens that must be right for the row to count as right; () for all."""
 
 
 def warm_start(config: WarmStartConfig) -> Path:
@@ -106,42 +111,52 @@ class _Trainer:
 
     def __init__(self, config: WarmStartConfig, stories: list[Painted]) -> None:
         self.config, self.stories = config, stories
-        self.rng = np.random.default_rng(config.seed)
         self.family: Family = load_family(ModelConfig(path=config.model), config.seed)
         self.parameters = list(self.family.model.parameters())
-        self.adamw = torch.optim.AdamW(self.parameters, lr=config.look_lr, betas=(0.9, 0.98), weight_decay=0.01)
         self.seen: defaultdict[str, list[float]] = defaultdict(list)
+
+    def _begin(self, stage: int) -> None:
+        """A stage depends on the weights before it alone."""
+        self.rng = np.random.default_rng((self.config.seed, stage))
+        self.adamw = torch.optim.AdamW(self.parameters, betas=(0.9, 0.98), weight_decay=0.1)
 
     def read(self) -> None:
         """Stage 1. Moves on when nearly every letter is right, or after read_steps."""
+        self._begin(1)
         config, mastery = self.config, 0.0
         for step in range(1, config.read_steps + 1):
-            for task, good in self._batch(self._text_prompts(config.read_rows), config.look_lr * min(1.0, step / 30)):
-                if task == "text letter":
-                    mastery = 0.99 * mastery + 0.01 * good
+            rows = [_matching_row(self.rng) for _ in range(config.read_rows)]
+            for _, good in self._batch(self._text_prompts(rows), config.look_lr * min(1.0, step / 30)):
+                mastery = 0.998 * mastery + 0.002 * good
             self._report("read", step)
             if mastery > config.mastered:
                 break
 
     def look(self) -> None:
-        """Stage 2. Moves on when every number of objects is mastered, or after look_steps."""
-        config, level, mastery = self.config, 1, 0.0
+        """Stage 2. Adds an object when lists and places of the last number are mastered; ends with the last number."""
+        self._begin(2)
+        config, level, mastery = self.config, 1, {"list": 0.0, "where": 0.0}
         for step in range(1, config.look_steps + 1):
-            rows = self._window_prompts(config.look_windows, level) + self._text_prompts(config.read_rows // 2)
+            rows = self._window_prompts(config.look_windows, level) + self._text_prompts(self._text_rows())
             for task, good in self._batch(rows, config.look_lr * min(1.0, step / 30)):
-                if task == f"list {level}":
-                    mastery = 0.97 * mastery + 0.03 * good
-            if mastery > config.mastered:
-                level, mastery = level + 1, 0.3
+                kind, _, number = task.partition(" ")
+                if number == str(level) and kind in mastery:
+                    mastery[kind] = 0.97 * mastery[kind] + 0.03 * good
+            if min(mastery.values()) > config.mastered:
+                level, mastery = level + 1, dict.fromkeys(mastery, 0.3)
             self._report("look", step)
             if level > NUM_EVENTS[-1]:
                 break
 
     def watch(self) -> None:
         """Stage 3."""
+        self._begin(3)
         config, policy = self.config, Policy(self.family)
-        self.family.model.set_attn_implementation({"text_config": ATTENTION, "vision_config": "sdpa"})
         for step in range(1, config.watch_steps + 1):
+            lr = config.watch_lr * min(1.0, step / 30) * (1 + math.cos(math.pi * step / config.watch_steps)) / 2
+            if step % TEXT_EVERY == 0:
+                self._batch(self._text_prompts(self._text_rows()), lr)
+            self.family.model.set_attn_implementation({"text_config": ATTENTION, "vision_config": "sdpa"})
             for _ in range(config.watch_stories):
                 painted = self._story()
                 story, most = painted.story, int(painted.story.duration_s / 2)
@@ -159,9 +174,7 @@ class _Trainer:
                     return -logprobs.sum() / LOSS_SCALE
 
                 policy.backward(prefix, streams, loss)
-            self._update(
-                config.watch_lr * min(1.0, step / 30) * (1 + math.cos(math.pi * step / config.watch_steps)) / 2
-            )
+            self._update(lr)
             self._report("watch", step)
 
     # ---- what is learned
@@ -180,8 +193,13 @@ class _Trainer:
             rows += [(row, self._prompt(row, item)) for row in (first, *(others[i] for i in picked))]
         return rows
 
-    def _text_prompts(self, num: int) -> list[tuple[Row, Prompt]]:
-        rows = [_letter_row(self.rng) if n % 2 else _options_row(self.rng) for n in range(num)]
+    def _text_rows(self) -> list[Row]:
+        """Text to go on with beside videos, so that it is not forgotten: a quarter each."""
+        num = self.config.read_rows // 8
+        kinds = (_matching_row, _letter_row, _answer_row, _guess_row)
+        return [make(self.rng) for make in kinds for _ in range(num)]
+
+    def _text_prompts(self, rows: Sequence[Row]) -> list[tuple[Row, Prompt]]:
         return [(row, self._prompt(row, None)) for row in rows]
 
     def _window(self, level: int) -> tuple[Painted, float, float, int, Sequence[Event]]:
@@ -195,12 +213,17 @@ class _Trainer:
 
     def _story_rows(self, story: Story) -> list[Row]:
         rows = [
-            Row(task="caption", question="describe the video.", response=captions(story)),
+            Row(task="places", question="what is where?", response=places(story.events)),
             Row(task="list", question="list the colours.", response=timeline(story.events)),
         ]
         for question in ask(story, int(self.rng.integers(1 << 30)), self.config.watch_questions):
-            asked = _asked(question.text, question.options)
-            rows.append(Row(task=f"explain {question.category}", question=asked, response=question.careful))
+            if self.rng.random() < 0.5:
+                asked = _asked(question.text, question.options)
+                rows.append(Row(task=f"explain {question.category}", question=asked, response=question.careful))
+            else:
+                asked = _asked(question.text, question.options, "answer.")
+                whole = response(question.careful, question.answer)
+                rows.append(Row(task=f"answer {question.category}", question=asked, response=whole))
         return rows
 
     # ---- how
@@ -240,6 +263,10 @@ class _Trainer:
     def _ids(self, text: str) -> list[int]:
         return response_ids(self.family, text)
 
+    def _tokens(self, texts: Sequence[str]) -> Tensor:
+        """The ids of texts of one token each."""
+        return torch.tensor([self.family.tokenizer.encode(text, add_special_tokens=False) for text in texts]).flatten()
+
     def _batch(self, rows: Sequence[tuple[Row, Prompt]], lr: float) -> list[tuple[str, float]]:
         """One step on the mean cross entropy of a plain padded batch; the task of each row and whether it was right."""
         model: Any = self.family.model
@@ -264,6 +291,9 @@ class _Trainer:
         self._update(lr)
         right = torch.ones_like(where)
         right[where] = logits.argmax(-1) == labels
+        for n, (row, _) in enumerate(rows):
+            if row.judged:
+                right[n] |= ~torch.isin(ids[n, 1:], self._tokens(row.judged))
         found = [(row.task, good) for (row, _), good in zip(rows, right.all(-1).double().tolist(), strict=True)]
         for task, good in found:
             self.seen[task].append(good)
@@ -289,38 +319,56 @@ def _window_rows(events: Sequence[Event]) -> list[Row]:
     rows = [
         Row(task=f"list {level}", question="list the colours.", response=timeline(events)),
         Row(
-            task=f"caption {level}",
-            question="describe the video.",
-            response=", ".join(f"{event.name} {event.place}" for event in events),
+            task=f"places {level}",
+            question="what is where?",
+            response=places(events),
         ),
     ]
     rows += [Row(task=f"where {level}", question=f"where is the {e.name}?", response=e.place) for e in events]
     return rows
 
 
+def _matching_row(rng: np.random.Generator) -> Row:
+    """All four options and their letters, in any order."""
+    objects = [f"{colour} {rng.choice(SHAPES)}" for colour in COLOURS]
+    pool = (objects, PLACES, COUNTS)[rng.integers(3)]
+    options = [str(option) for option in rng.permutation(pool)[:4]]
+    keys = [option if option in PLACES else option.split()[0] for option in options]
+    matched = "".join(f" {keys[i]} ({LETTERS[i]})." for i in rng.permutation(4))
+    return Row(task="text match", question=_asked("which is which?", options), response=matched, judged=LETTER_TOKENS)
+
+
 def _letter_row(rng: np.random.Generator) -> Row:
     """The letter that ends a careful thought; the rest of it is given."""
-    question = _any_question(rng)
-    before, _ = question.careful.rsplit(": ", 1)
+    question = _choice_question(rng)
+    before, _ = question.careful.rsplit(" (", 1)
     asked = _asked(question.text, question.options)
-    return Row(task="text letter", question=asked, response=question.careful, given=f"{before}:")
+    return Row(task="text letter", question=asked, response=question.careful, given=before)
 
 
-def _options_row(rng: np.random.Generator) -> Row:
-    """All four options and their letters, in any order."""
-    options = _any_question(rng).options
-    named = [option if option in PLACES else option.split()[0] for option in options]
-    matched = " ".join(f"{named[i]}: {LETTERS[i]}." for i in rng.permutation(4))
-    return Row(task="text options", question=_asked("which is which?", options), response=matched)
+def _answer_row(rng: np.random.Generator) -> Row:
+    """The same with the tags around thought and answer."""
+    question = _choice_question(rng)
+    before, _ = question.careful.rsplit(" (", 1)
+    asked = _asked(question.text, question.options, "answer.")
+    whole = response(question.careful, question.answer)
+    return Row(task="text answer", question=asked, response=whole, given=f"<think>{before}")
 
 
-def _any_question(rng: np.random.Generator) -> Question:
+def _guess_row(rng: np.random.Generator) -> Row:
+    """Where there is nothing to look at."""
+    question = _choice_question(rng)
+    asked = _asked(question.text, question.options, "guess.")
+    return Row(task="text guess", question=asked, response=response(question.hasty, question.hasty_answer))
+
+
+def _choice_question(rng: np.random.Generator) -> Question:
     story = make_story(int(rng.integers(FIRST_SEED, 2 * FIRST_SEED)), 3600.0)
     return ask(story, int(rng.integers(1 << 30)), 4, open_fraction=0.0)[rng.integers(4)]
 
 
-def _asked(text: str, options: Sequence[str]) -> str:
-    return "\n".join([text, *(f"{a}. {b}" for a, b in zip(LETTERS, options, strict=False)), "explain."])
+def _asked(text: str, options: Sequence[str], wanted: str = "explain.") -> str:
+    return "\n".join([text, *(f"{a}. {b}" for a, b in zip(LETTERS, options, strict=False)), wanted])
 
 
 def _paint_stories(num: int) -> list[Painted]:

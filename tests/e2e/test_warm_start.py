@@ -16,7 +16,7 @@ SMALL = {
     "threads": 1,
     "stories": 4,
     "read_steps": 2,
-    "read_rows": 4,
+    "read_rows": 8,
     "look_steps": 2,
     "look_windows": 2,
     "watch_steps": 2,

@@ -21,6 +21,7 @@ SPECIAL = (
 WORDS = (
     *("<think>", "</think>", "<answer>", "</answer>"),
     *(f"\n{letter}." for letter in "ABCD"),
+    *(f" ({letter})" for letter in "ABCD"),
     *(f" {place}" for place in PLACES),
 )
 """Ordinary text that is one token each: what a large vocabulary has anyway, and a few layers need."""

@@ -16,7 +16,8 @@ from longrl.data.synthetic.world import COLOURS, NUM_EVENTS, PLACES, SHAPES, Eve
 
 LETTERS = ("A", "B", "C", "D")
 CATEGORIES = ("order", "spatial", "counting", "plot")
-COUNTS = tuple(str(count) for count in NUM_EVENTS)
+COUNTS = ("four", "five", "six", "seven")
+"""Of NUM_EVENTS. Written out, because figures number the events in a thought."""
 CLEARLY_LONGER = 1.4
 """`which object is shown longest?` is asked only if the longest outlasts the second by this factor."""
 MAX_REDRAWS = 20
@@ -98,9 +99,9 @@ def response(thought: str, answer: str) -> str:
     return f"<think>{thought}</think><answer>{answer}</answer>"
 
 
-def captions(story: Story) -> str:
-    """A dense caption: what appears where, in order."""
-    return ", ".join(f"{event.name} {event.place}" for event in story.events)
+def places(events: Sequence[Event]) -> str:
+    """What appears where, in order."""
+    return ", ".join(f"{number} {event.colour} {event.place}" for number, event in enumerate(events, start=1))
 
 
 def timeline(events: Sequence[Event]) -> str:
@@ -119,40 +120,45 @@ def _facts(story: Story) -> list[_Fact]:
     """Everything that may be asked about a story."""
     events = story.events
     shown = [f"the video shows {timeline(events[:end])}." for end in range(len(events) + 1)]
+    count = COUNTS[NUM_EVENTS.index(len(events))]
     facts = [
-        _order("what comes first?", events[0], shown[1]),
-        _order("what comes last?", events[-1], shown[-1]),
-        _count("how many objects appear?", str(len(events)), f"{shown[-1]} that makes {len(events)}."),
+        _order("what comes first?", events[0], f"{shown[1]} it is {events[0].colour}."),
+        _order("what comes last?", events[-1], f"{shown[-1]} it is {events[-1].colour}."),
+        _count("how many objects appear?", count, f"{shown[-1]} that makes {count}."),
     ]
-    for event in events:
-        thought = f"the {event.name} is at the {event.place}."
-        facts.append(
-            _Fact(
-                category="spatial", text=f"where is the {event.name}?", truth=event.place, thought=thought, asked=event
-            )
+    facts += [
+        _Fact(
+            category="spatial", text=f"where is the {event.name}?", truth=event.place, thought=_at(event), asked=event
         )
-    for end, (one, two) in enumerate(pairwise(events), start=2):
-        before = f"{shown[end]} before {two.colour} comes {one.colour}."
+        for event in events
+    ]
+    for n, (one, two) in enumerate(pairwise(events), start=2):
+        then = f"{shown[n - 1]} then {n} {two.colour}."
         facts += [
-            _order(f"what comes right after the {one.name}?", two, shown[end], asked=one),
-            _order(f"what comes right before the {two.name}?", one, before, asked=two),
+            _order(f"what comes right after the {one.name}?", two, then, asked=one),
+            _order(f"what comes right before the {two.name}?", one, f"{shown[n]} before it comes {one.colour}.", two),
             _Fact(
                 category="plot",
                 text=f"where is the object that comes right after the {one.name}?",
                 truth=two.place,
-                thought=f"{shown[end]} {two.colour} is at the {two.place}.",
+                thought=f"{then} {_at(two)}",
                 asked=one,
             ),
         ]
-    for end, (one, three) in enumerate(zip(events, events[2:], strict=False), start=3):
+    for n, (one, two, three) in enumerate(zip(events, events[1:], events[2:], strict=False), start=3):
         text = f"what comes two places after the {one.name}?"
-        facts.append(_Fact(category="plot", text=text, truth=three.name, thought=shown[end], asked=one))
+        thought = f"{shown[n - 2]} then {n - 1} {two.colour}, {n} {three.colour}."
+        facts.append(_Fact(category="plot", text=text, truth=three.name, thought=thought, asked=one))
     second, longest = sorted(events, key=lambda event: event.length_s)[-2:]
     if longest.length_s >= CLEARLY_LONGER * second.length_s:
         facts.append(
-            _count("which object is shown longest?", longest.name, f"{shown[-1]} {longest.colour} is shown longest.")
+            _count("which object is shown longest?", longest.name, f"{shown[-1]} the longest is {longest.colour}.")
         )
     return facts
+
+
+def _at(event: Event) -> str:
+    return f"the {event.colour} one is at the {event.place}."
 
 
 def _order(text: str, truth: Event, thought: str, asked: Event | None = None) -> _Fact:
@@ -172,9 +178,8 @@ def _open_question(fact: _Fact, rng: np.random.Generator) -> Question:
 def _choice_question(fact: _Fact, letter: str, story: Story, rng: np.random.Generator) -> Question:
     options = [str(option) for option in rng.permutation(_distractors(fact, story, rng))]
     options.insert(LETTERS.index(letter), fact.truth)
-    return _question(
-        fact, tuple(options), "choice", letter, f"{fact.thought.removesuffix('.')}: {letter}.", str(rng.choice(LETTERS))
-    )
+    careful = f"{fact.thought.removesuffix('.')} ({letter})."
+    return _question(fact, tuple(options), "choice", letter, careful, str(rng.choice(LETTERS)))
 
 
 def _question(fact: _Fact, options: tuple[str, ...], kind: str, answer: str, careful: str, guess: str) -> Question:
