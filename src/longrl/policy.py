@@ -18,6 +18,7 @@ from torch import Tensor
 from longrl.models.family import Family
 from longrl.models.streams import Streams, split_length
 from longrl.models.trunk import Trunk
+from longrl.parallel.sequence import SequenceGroup, require_heads
 from longrl.types import Prefix, Prompt
 
 STREAM_TOKENS = 8192
@@ -30,9 +31,16 @@ StreamLoss = Callable[[Tensor, Tensor, slice], Tensor]
 class Policy:
     """A family's model, its trunk, and how many updates it has had."""
 
-    def __init__(self, family: Family, *, recompute: bool = False) -> None:
+    def __init__(self, family: Family, *, recompute: bool = False, sp: SequenceGroup | None = None) -> None:
+        """sp: the ranks that share every prompt; each calls the same methods with the same prompts and streams.
+
+        Raises:
+            ValueError: the model's heads cannot be dealt to that many ranks.
+        """
+        if sp is not None:
+            require_heads(family.model.config.get_text_config().num_key_value_heads, sp.size)
         self.family = family
-        self.trunk = Trunk(family.parts(), recompute=recompute)
+        self.trunk = Trunk(family.parts(), recompute=recompute, sp=sp)
         self.version = 0
 
     def prefix(self, prompts: Sequence[Prompt]) -> Prefix:
@@ -47,7 +55,10 @@ class Policy:
         return torch.cat(logprobs), torch.cat(entropy)
 
     def backward(self, prefix: Prefix, streams: Streams, loss: StreamLoss, temperature: float = 1.0) -> None:
-        """Accumulates the gradient of the summed loss over all streams into the parameters, and releases the prefix."""
+        """Accumulates the gradient of the summed loss over all streams into the parameters, and releases the prefix.
+
+        In a sequence group that is this rank's share; `sum_gradients` adds the others' before the optimizer step.
+        """
         leaves = prefix.leaves()
         for rows in micro_batches(streams):
             logprobs, entropy = self.trunk("suffix", leaves, streams[rows], temperature)

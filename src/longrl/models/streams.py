@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from longrl.types import Prompt
 
@@ -30,6 +31,16 @@ class Streams:
             position_ids=self.position_ids[:, rows],
             labels=self.labels[rows],
             mask=self.mask[rows],
+        )
+
+    def padded(self, length: int) -> Streams:
+        """The same streams, zeros behind rows shorter than `length`."""
+        more = max(0, length - self.token_ids.shape[1])
+        return Streams(
+            token_ids=pad(self.token_ids, (0, more)),
+            position_ids=pad(self.position_ids, (0, more)),
+            labels=pad(self.labels, (0, more)),
+            mask=pad(self.mask, (0, more)),
         )
 
 
