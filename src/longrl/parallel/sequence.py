@@ -1,9 +1,9 @@
 """Sequence parallelism: the ranks of a group share one prompt. Queries travel, keys and values stay.
 
-Outside attention a rank holds a contiguous part of the tokens, inside it some heads of all tokens: one all-to-all there,
-one back. The keys and values of a prefix stay as they are inside: all positions, this rank's heads. Streams that
-continue the prefix come to them. When decoding, every rank holds all (few) tokens, attends with its heads, and the heads
-are gathered.
+Outside attention a rank holds a contiguous part of the tokens, inside it some heads of all tokens: one all-to-all on
+the way in, one on the way out. The keys and values of a prefix stay as they are inside: all positions, this rank's
+heads. Streams that continue the prefix come to them. When decoding, every rank holds all tokens, of which there are
+few; it attends with its heads, and the heads are gathered.
 
 Reference: DeepSpeed-Ulysses (arXiv 2309.14509).
 Differs: any number of tokens; KV heads that are fewer than the ranks are repeated; query heads that do not divide are
@@ -52,7 +52,8 @@ class SequenceGroup:
         """
         if total < self.size:
             raise ValueError(
-                f"{total} tokens cannot be split over {self.size} sequence-parallel ranks: at least 1 each"
+                f"{total} tokens cannot be split over {self.size} sequence-parallel ranks: at least one each, so "
+                f"{self.size - total} too few"
             )
         borders = [total * i // self.size for i in range(self.size + 1)]
         return [end - start for start, end in pairwise(borders)]
