@@ -245,7 +245,7 @@ def run(rank: int, size: int, folder: str) -> None:
     """The process of one rank: writes what it found to FOLDER/RANK.pt."""
     torch.set_num_threads(1)
     store = dist.FileStore(f"{folder}/store", size)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=40))
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=60))
     groups = {n: dist.new_group(list(range(n))) for n in SIZES}
     jobs: dict[str, Callable[[SequenceGroup], dict[str, Any]]] = {
         **{name: lambda sp, case=case: train(case, sp) for name, case in CASES.items()},

@@ -45,7 +45,8 @@ class Call:
         exchange: Sharded | Replicated | None,
     ) -> None:
         self.layer, self.streams, self.prefix, self.own, self.exchange = layer, streams, prefix, own, exchange
-        self.keys = self.values = None
+        self.keys: Tensor | None = None
+        self.values: Tensor | None = None
 
 
 def _attention(module, query, key, value, attention_mask, scaling=1.0, *, trunk_call: Call, **_):

@@ -105,14 +105,14 @@ class Sharded:
         counts = [x.shape[2] for x in heads]
         sent = torch.cat(heads, 2).flatten(0, 1)  # one message, not three
         got = _AllToAll.apply(sent, self.sp, self.lengths, [mine] * size, self.kind)
-        q, k, v = got.transpose(0, 1).split(counts)  # pyright: ignore[reportOptionalMemberAccess]
+        q, k, v = got.transpose(0, 1).split(counts)
         return q, k, v
 
     def leave(self, out: Tensor, heads: int, kv_heads: int) -> Tensor:
         """[all tokens, heads of this rank, d] -> [my tokens, heads, d], the padding dropped."""
         size, mine = self.sp.size, self.lengths[self.sp.rank]
         got = _AllToAll.apply(out, self.sp, [mine] * size, self.lengths, self.kind)
-        got = got.unflatten(0, (size, mine)).transpose(0, 1).flatten(1, 2)  # pyright: ignore[reportOptionalMemberAccess]
+        got = got.unflatten(0, (size, mine)).transpose(0, 1).flatten(1, 2)
         return _real(got, heads, kv_heads)
 
 
