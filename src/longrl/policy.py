@@ -15,10 +15,14 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from longrl.config import DataRunConfig, ModelConfig
+from longrl.models import load_family
 from longrl.models.family import Family
 from longrl.models.streams import Streams, split_length
 from longrl.models.trunk import Trunk
-from longrl.parallel.sequence import SequenceGroup, require_heads
+from longrl.parallel.layout import require_heads
+from longrl.parallel.ranks import Ranks
+from longrl.parallel.sequence import SequenceGroup
 from longrl.types import Prefix, Prompt
 
 STREAM_TOKENS = 8192
@@ -68,6 +72,18 @@ class Policy:
             [leaf.grad if leaf.grad is not None else torch.zeros_like(leaf) for leaf in leaves.keys + leaves.values],
         )
         prefix.release()
+
+
+def load_policy(model: ModelConfig, config: DataRunConfig, ranks: Ranks) -> Policy:
+    """A model on the ranks of a run.
+
+    Args:
+        model: config.model, or another checkpoint of it.
+
+    Raises:
+        ValueError: as load_family and Policy.
+    """
+    return Policy(load_family(model, config.runtime.seed), recompute=model.recompute, sp=ranks.sp)
 
 
 def micro_batches(streams: Streams) -> Iterator[slice]:

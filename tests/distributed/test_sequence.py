@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from longrl.parallel.sequence import require_heads
+from longrl.parallel.layout import require_heads
 from tests.distributed import ranks
+from tests.distributed.conftest import start
 from tests.distributed.ranks import CASES, DECODE, HEAD_DIM, LAYERS, LONG, SIZES
 from tests.parity.test_shared_prefix import largest_difference
 
@@ -23,7 +24,7 @@ BOUNDS = {torch.float64: 1e-7, torch.float32: 1e-5}
 def found(tmp_path_factory) -> list[dict[tuple[str, int], dict[str, Any]]]:
     """What each rank of one start found, by (job, ranks in the group)."""
     folder = tmp_path_factory.mktemp("ranks")
-    torch.multiprocessing.spawn(ranks.run, args=(max(SIZES), str(folder)), nprocs=max(SIZES))
+    start(ranks.run, max(SIZES), str(folder))
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(max(SIZES))]
 
 

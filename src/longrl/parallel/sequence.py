@@ -21,20 +21,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 
-def require_heads(kv_heads: int, size: int) -> None:
-    """Called at start-up, before anything is computed. Any number of query heads will do.
-
-    Raises:
-        ValueError: the KV heads cannot be dealt to a group of `size` ranks.
-    """
-    more, fewer = max(kv_heads, size), min(kv_heads, size)
-    if more % fewer:
-        raise ValueError(
-            f"{kv_heads} KV heads cannot be dealt to {size} sequence-parallel ranks: one must be a multiple of the "
-            f"other, but {more} = {more // fewer} x {fewer} + {more % fewer}; choose another number of ranks"
-        )
-
-
 class SequenceGroup:
     """The ranks that share a prompt: who has which tokens, and the messages between them."""
 
