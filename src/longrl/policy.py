@@ -11,6 +11,7 @@ Gradients are accumulated un-normalised; optim.py divides once, by the global co
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ from longrl.models.trunk import Trunk
 from longrl.parallel.layout import require_heads
 from longrl.parallel.ranks import Ranks
 from longrl.parallel.sequence import SequenceGroup
+from longrl.parallel.shard import gathered, reshard, shard
 from longrl.types import Prefix, Prompt
 
 STREAM_TOKENS = 8192
@@ -35,8 +37,13 @@ StreamLoss = Callable[[Tensor, Tensor, slice], Tensor]
 class Policy:
     """A family's model, its trunk, and how many updates it has had."""
 
-    def __init__(self, family: Family, *, recompute: bool = False, sp: SequenceGroup | None = None) -> None:
-        """sp: the ranks that share every prompt; each calls the same methods with the same prompts and streams.
+    def __init__(
+        self, family: Family, *, recompute: bool = False, sp: SequenceGroup | None = None, sharded: bool = False
+    ) -> None:
+        """
+        Args:
+            sp: the ranks that share every prompt; each calls the same methods with the same prompts and streams.
+            sharded: they share the weights too.
 
         Raises:
             ValueError: the model's heads cannot be dealt to that many ranks.
@@ -45,11 +52,22 @@ class Policy:
             require_heads(family.model.config.get_text_config().num_key_value_heads, sp.size)
         self.family = family
         self.trunk = Trunk(family.parts(), recompute=recompute, sp=sp)
+        if sharded:
+            assert sp is not None and sp.group is not None
+            shard(self.trunk, self.trunk.blocks, sp.group)
         self.version = 0
 
     def prefix(self, prompts: Sequence[Prompt]) -> Prefix:
         """Computes, once, the tokens that all these prompts share (of a single prompt: all but the last)."""
         return self.trunk("prefix", prompts[0], split_length(prompts), self.version)
+
+    def gathered(self) -> AbstractContextManager[None]:
+        """Inside, sharded weights are whole: for decoding, which would gather them for each token otherwise."""
+        return gathered(self.trunk, self.trunk.blocks)
+
+    def reshard(self) -> None:
+        """Called before weights are changed or saved."""
+        reshard(self.trunk)
 
     def logprobs(self, prefix: Prefix, streams: Streams, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
         """Log-probs and entropy [N, R] of the streams, without gradients."""
@@ -83,7 +101,8 @@ def load_policy(model: ModelConfig, config: DataRunConfig, ranks: Ranks) -> Poli
     Raises:
         ValueError: as load_family and Policy.
     """
-    return Policy(load_family(model, config.runtime.seed), recompute=model.recompute, sp=ranks.sp)
+    family = load_family(model, config.runtime.seed)
+    return Policy(family, recompute=model.recompute, sp=ranks.sp, sharded=config.parallel.shard)
 
 
 def micro_batches(streams: Streams) -> Iterator[slice]:

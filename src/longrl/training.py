@@ -16,6 +16,7 @@ from longrl.models.streams import shares
 from longrl.optim import Optimizer
 from longrl.parallel.gradients import sum_gradients
 from longrl.parallel.ranks import ALONE, Ranks
+from longrl.parallel.shard import whole
 from longrl.policy import load_policy
 from longrl.report.metrics import Metrics
 from longrl.report.progress import Progress
@@ -54,7 +55,7 @@ class Training:
         self.policy = load_policy(config.model.at(latest.model_path) if latest else config.model, config, ranks)
         self.optimizer = Optimizer(self.policy.trunk.parameters(), config.optim, config.steps)
         self.build = PromptBuilder(self.policy.family, config.cache, skips, ranks)
-        self.done = 0
+        self.done, self.sharded = 0, config.parallel.shard
         if latest:
             unpack_optimizer(self.optimizer.adamw, latest.tensors())
             skips.names.update(latest.state["skipped"])
@@ -91,8 +92,10 @@ class Training:
         Args:
             count: what the gradient is divided by, of all ranks together.
         """
+        self.policy.reshard()
         if self.ranks.size > 1:
-            sum_gradients(self.optimizer.parameters, self.ranks.everyone)
+            # those of a sharded weight are summed over sp already
+            sum_gradients(self.optimizer.parameters, self.ranks.dp if self.sharded else self.ranks.everyone)
         norm, lr = self.optimizer.step(step, count, ids)
         self.policy.version = step
         return norm, lr
@@ -102,10 +105,16 @@ class Training:
         return step == self.config.steps or (every > 0 and step % every == 0)
 
     def save_if_due(self, step: int) -> None:
-        if self.ranks.is_main and self.is_due(step, self.config.checkpoint.every_steps):
-            self.checkpoints.save(
-                step, self.policy.family.save, pack_optimizer(self.optimizer.adamw), {"skipped": self.skips.names}
-            )
+        """The main rank saves; those that it shares the weights with hand over theirs."""
+        if self.ranks.dp_rank or not self.is_due(step, self.config.checkpoint.every_steps):
+            return
+        self.policy.reshard()
+        family, main = self.policy.family, self.ranks.is_main
+        weights = whole(family.model.state_dict(keep_vars=True), main) if self.sharded else None
+        tensors = whole(pack_optimizer(self.optimizer.adamw), main)
+        if main:
+            save = self.checkpoints.save
+            save(step, lambda path: family.save(path, weights), tensors, {"skipped": self.skips.names})
 
     def last_model(self) -> Path:
         """The Hugging Face folder of the last checkpoint."""

@@ -41,7 +41,7 @@ class Layout:
         return f"dp {self.dp}, sp {self.sp}" + (", sharded" if self.shard else "")
 
 
-LAYOUTS = [Layout(2, 1), Layout(1, 2), Layout(2, 2)]
+LAYOUTS = [Layout(2, 1), Layout(1, 2), Layout(2, 2), Layout(1, 2, True), Layout(2, 2, True)]
 
 JOBS: dict[str, dict[str, Any]] = {
     "recorded": {"kind": "rl", "steps": 10},

@@ -7,6 +7,8 @@ from collections.abc import Iterable
 import torch
 import torch.distributed as dist
 
+from longrl.parallel.shard import local
+
 BUCKET = 25_000_000
 """Elements of one message, and of the copy it takes."""
 
@@ -20,7 +22,7 @@ def sum_gradients(
     that has none anywhere keeps None, because an optimizer decays the weights of what has a gradient of zero.
 
     Args:
-        parameters: the same on every rank, in the same order.
+        parameters: the same on every rank, in the same order; of a sharded one, the same shard.
         group: of torch.distributed; None: all processes.
         bucket: elements of one message.
     """
@@ -34,7 +36,7 @@ def sum_gradients(
         if somewhere:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-            pieces.setdefault(parameter.grad.dtype, []).extend(parameter.grad.view(-1).split(bucket))
+            pieces.setdefault(parameter.grad.dtype, []).extend(local(parameter.grad).view(-1).split(bucket))
     for same_dtype in pieces.values():
         waiting: list[torch.Tensor] = []
         for piece in same_dtype:

@@ -45,7 +45,7 @@ class NativeEngine:
             shared = [prompts[i] for i in members]
             with self.time("prefill"):
                 prefix = self.policy.prefix(shared)
-            with self.time("decode"):
+            with self.time("decode"), self.policy.gathered():
                 rollouts = self._decode_in_turns(prefix, shared, [seeds[i] for i in members])
             groups = tuple(
                 Group(id=examples[i].id, example=examples[i], prompt=prompts[i], rollouts=tuple(group))
