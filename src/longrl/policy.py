@@ -53,8 +53,8 @@ class Policy:
         self.family = family
         self.trunk = Trunk(family.parts(), recompute=recompute, sp=sp)
         if sharded:
-            assert sp is not None and sp.group is not None
-            shard(self.trunk, self.trunk.blocks, sp.group)
+            assert sp is not None, "one rank has nobody to share the weights with"
+            shard(self.trunk, self.trunk.blocks, sp)
         self.version = 0
 
     def prefix(self, prompts: Sequence[Prompt]) -> Prefix:

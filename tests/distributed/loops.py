@@ -8,7 +8,9 @@ from __future__ import annotations
 import hashlib
 import pickle
 import time
+from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -16,17 +18,21 @@ from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from longrl import train_rl as train_rl_module
 from longrl import train_sft as train_sft_module
-from longrl.config import EvalRunConfig, RlConfig, SftConfig
+from longrl.config import EvalRunConfig, RlConfig, RolloutConfig, SftConfig
 from longrl.evals.runner import run_eval
 from longrl.parallel.ranks import Ranks, make_ranks
+from longrl.parallel.shard import local
+from longrl.policy import Policy
 from longrl.rollout.native import NativeEngine
 from longrl.train_rl import train_rl
 from longrl.train_sft import train_sft
 from longrl.training import Training
-from longrl.types import Prefix, Prompt, Rollout
+from longrl.types import Example, Prefix, Prompt, Rollout
+from tests.distributed.ranks import CASES, make_family, make_prompts
 
 TIMEOUT = timedelta(seconds=60)
 
@@ -54,6 +60,7 @@ JOBS: dict[str, dict[str, Any]] = {
         "eval": {"samples": 2},
         "checkpoint": {"every_steps": 2, "keep": 9},
     },
+    "resumed": {"kind": "rl", "steps": 4, "model": {"dtype": "float64"}, "checkpoint": {"every_steps": 1}},
     "sft": {"kind": "sft", "steps": 4, "model": {"dtype": "float64"}},
     "eval": {"kind": "eval", "model": {"dtype": "float64"}, "eval": {"samples": 2}},
 }
@@ -84,6 +91,14 @@ def base(job: str, folder: Path, rows: dict[str, str]) -> dict[str, Any]:
     return settings | {name: value for name, value in changes.items() if name != "model"}
 
 
+RESUMED = {"alone": 1, "dp 2, sp 2, sharded": 2, "dp 1, sp 2": 3, "alone again": 4}
+"""Which layouts take `resumed` up one after the other, and the step after which each is stopped."""
+
+
+class StopError(Exception):
+    """Ends a run as a crash would."""
+
+
 class Engine(NativeEngine):
     """Notes what it draws, by seed; hands out what was recorded instead, where there is something."""
 
@@ -102,13 +117,16 @@ class Kept(Training):
     """Notes what each step gave this rank to do, and is found after the run."""
 
     last: ClassVar[Kept]
+    stop_after: ClassVar[int] = 99
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         Kept.last, self.shares = self, []
 
-    def draw(self, *args: Any) -> Any:
-        batch = super().draw(*args)
+    def draw(self, examples: Any, step: int) -> Any:
+        if step > self.stop_after:
+            raise StopError
+        batch = super().draw(examples, step)
         self.shares.append([example.id for example in batch.examples])
         return batch
 
@@ -143,10 +161,52 @@ def digest(training: Training) -> str:
     return found.hexdigest()
 
 
+def resume(name: str, folder: Path, rows: dict[str, str], ranks: Ranks, layout: Layout) -> None:
+    """Takes `resumed` up for one step."""
+    Kept.stop_after = RESUMED[name]
+    with suppress(StopError):
+        run_job("resumed", folder / "resumed", rows, ranks, layout)
+    Kept.stop_after = 99
+
+
+class Messages(TorchDispatchMode):
+    """Counts messages by their operation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kinds: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.kinds[func._schema.name] += func.namespace == "c10d"
+        return func(*args, **(kwargs or {}))
+
+
+def held(ranks: Ranks) -> dict[str, Any]:
+    """What a rank holds of sharded weights, and how often they are gathered: (decoded tokens, passes) -> times."""
+    assert ranks.sp is not None
+    policy = Policy(make_family(None, 2, torch.float32), sp=ranks.sp, sharded=True)
+    parameters = list(policy.trunk.parameters())
+    case = CASES["twin"]
+    prompts = make_prompts(policy.family, case)  # pyright: ignore
+    examples = [Example(id=str(i), messages=(), answer=None, kind="open") for i in range(len(prompts))]
+    gathers = {}
+    for tokens in (3, 3, 9):  # once to begin with
+        engine = NativeEngine(policy, RolloutConfig(group_size=2, max_new_tokens=tokens))
+        with torch.no_grad(), Messages() as messages:
+            [(_, prefix)] = engine.rollout(examples, prompts, range(len(prompts)))
+        prefix.release()
+        gathers[tokens] = messages.kinds["c10d::_allgather_base_"]
+    return {
+        "elements": (sum(local(p).numel() for p in parameters), sum(p.numel() for p in parameters)),
+        "gathers": gathers,
+        "blocks": len(policy.trunk.blocks),
+    }
+
+
 def missing(ranks: Ranks) -> tuple[str, float]:
     """What a rank of several hears, and after how many seconds, when the last one does not come."""
     if ranks.rank == ranks.size - 1:
-        time.sleep(5)
+        time.sleep(2.5)
         return "", 0.0
     began = time.perf_counter()
     try:
@@ -166,9 +226,15 @@ def run(rank: int, size: int, folder: str, rows: dict[str, str]) -> None:
     for layout in LAYOUTS:
         ranks = make_ranks(layout.dp * layout.sp, layout.sp, TIMEOUT)
         if rank < layout.dp * layout.sp:
-            for job in JOBS:
+            for job in (job for job in JOBS if job != "resumed"):
                 began = time.perf_counter()
                 found[job, layout] = run_job(job, Path(folder, str(layout)), rows, ranks, layout)
                 found[job, layout]["seconds"] = time.perf_counter() - began
-    found["missing"] = missing(make_ranks(size, 1, timedelta(seconds=2)))
+    for name in list(RESUMED)[1:3]:
+        layout = next(layout for layout in LAYOUTS if str(layout) == name)
+        ranks = make_ranks(layout.dp * layout.sp, layout.sp, TIMEOUT)
+        if rank < layout.dp * layout.sp:
+            resume(name, Path(folder), rows, ranks, layout)
+    found["held"] = held(make_ranks(size, 2, TIMEOUT))
+    found["missing"] = missing(make_ranks(size, 1, timedelta(seconds=1)))
     Path(folder, f"{rank}.pickle").write_bytes(pickle.dumps(found))

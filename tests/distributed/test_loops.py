@@ -19,7 +19,7 @@ from tests.e2e.test_training import with_unusable
 
 pytestmark = pytest.mark.distributed
 
-TRAINING = [job for job in JOBS if job != "eval"]
+TRAINING = ["recorded", "live", "sft"]
 
 
 class Found:
@@ -52,7 +52,9 @@ def found(dataset, tmp_path_factory) -> Found:
             alone[job] = loops.run_job(job, folder / "alone", rows, ALONE, Layout(1, 1))
             if job == "recorded":
                 (folder / "recorded.pickle").write_bytes(pickle.dumps(alone[job]["drawn"]))
-    start(loops.run, 4, str(folder), rows)
+        loops.resume("alone", folder, rows, ALONE, Layout(1, 1))
+        start(loops.run, 4, str(folder), rows)
+        loops.resume("alone again", folder, rows, ALONE, Layout(1, 1))
     return Found(folder, alone, [pickle.loads((folder / f"{rank}.pickle").read_bytes()) for rank in range(4)])
 
 
@@ -131,8 +133,31 @@ def test_evaluation_finds_what_one_process_finds(found, layout):
     assert written[0] == written[1]
 
 
+def test_a_run_goes_on_on_other_layouts(found):
+    """One step each: one process, four with sharded weights, two, one again; optimizer state and all."""
+    assert [name for name, _ in loops.RESUMED.items()] == ["alone", "dp 2, sp 2, sharded", "dp 1, sp 2", "alone again"]
+    ours, theirs = (read_metrics(found.folder / name / "resumed" / "metrics.jsonl") for name in ("resumed", "alone"))
+    assert [line["step"] for line in ours] == [1, 2, 3, 4]
+    for line in (*ours, *theirs):
+        del line["cache/hit_rate"]  # of each process
+    assert farthest(ours, theirs) < 1e-9
+    last = "resumed/checkpoints/step_000004/model"
+    whole, largest = distance(*(str(found.folder / name / last) for name in ("resumed", "alone")))
+    assert whole < 1e-12
+    assert largest < 1e-9
+
+
+def test_weights_are_divided_and_gathered_once_for_all_tokens_that_are_decoded(found):
+    for rank in found.ranks:
+        held = rank["held"]
+        mine, all_of_them = held["elements"]
+        assert mine == all_of_them / 2
+        # the prefix and the decoding gather each block, one of the two the trunk's own weights
+        assert held["gathers"][3] == held["gathers"][9] == 2 * held["blocks"] + 1
+
+
 def test_a_rank_that_does_not_come_is_waited_for_no_longer_than_the_timeout(found):
     for rank in found.ranks[:-1]:
         message, seconds = rank["missing"]
         assert "gloo" in message  # start_ranks knows it by that
-        assert 1.5 < seconds < 4
+        assert 0.5 < seconds < 2.4

@@ -164,7 +164,8 @@ class Trunk(nn.Module):
         logprobs, entropy = zeros.index_put(where, logprobs), zeros.index_put(where, entropy)
         if self.sp is not None:
             logprobs, entropy = self.sp.gather(torch.stack([logprobs, entropy]), streams.mask.numel())
-        return logprobs.view_as(streams.mask)[:, :length], entropy.view_as(streams.mask)[:, :length]
+        logprobs, entropy = (x.view_as(streams.mask)[:, :length] for x in (logprobs, entropy))
+        return logprobs.clone(), entropy.clone()  # as in _attention: no views
 
     @torch.no_grad()
     def decode(self, prefix: Prefix, own: OwnKV, token_ids: Tensor, position_ids: Tensor) -> Tensor:

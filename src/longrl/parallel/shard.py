@@ -10,16 +10,19 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from longrl.parallel.sequence import SequenceGroup
 
-def shard(root: nn.Module, blocks: Iterable[nn.Module], group: dist.ProcessGroup) -> None:
-    """Called before an optimizer is made: its parameters become DTensors."""
-    mesh = DeviceMesh.from_group(group, "cpu", mesh_dim_names=("sp",))
+
+def shard(root: nn.Module, blocks: Iterable[nn.Module], sp: SequenceGroup) -> None:
+    """Called before an optimizer is made, because it replaces the parameters; those of `root` are its own, not the
+    blocks'."""
+    assert sp.group is not None
+    mesh = DeviceMesh.from_group(sp.group, "cpu", mesh_dim_names=("sp",))
     for module in (*blocks, root):
         sharded = fully_shard(module, mesh=mesh)
         # gradients are summed, and divided once by the global count; both settings are of this module alone
@@ -54,11 +57,11 @@ def local(x: Tensor) -> Tensor:
     return x.to_local() if isinstance(x, DTensor) else x
 
 
-def like(whole: Tensor, parameter: Tensor) -> Tensor:
-    """A whole tensor, sharded as the parameter of its shape is."""
-    if not isinstance(parameter, DTensor) or whole.shape != parameter.shape:
-        return whole
-    return distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)
+def like(x: Tensor, parameter: Tensor) -> Tensor:
+    """Of a whole tensor what this rank holds of the parameter that it belongs to; a scalar stays."""
+    if not isinstance(parameter, DTensor) or x.shape != parameter.shape:
+        return x
+    return distribute_tensor(x, parameter.device_mesh, parameter.placements, src_data_rank=None)
 
 
 def whole(tensors: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
@@ -71,6 +74,6 @@ def whole(tensors: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
     full: dict[int, Tensor] = {}
     for tensor in tensors.values():
         if id(tensor) not in full:
-            gathered = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-            full[id(tensor)] = gathered.detach().cpu() if keep else torch.empty(0)
+            in_full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+            full[id(tensor)] = in_full.detach().cpu() if keep else torch.empty(0)
     return {name: full[id(tensor)] for name, tensor in tensors.items()} if keep else {}
