@@ -50,7 +50,7 @@ class Layout:
 LAYOUTS = [Layout(2, 1), Layout(1, 2), Layout(2, 2), Layout(1, 2, True), Layout(2, 2, True)]
 
 JOBS: dict[str, dict[str, Any]] = {
-    "recorded": {"kind": "rl", "steps": 10},
+    "recorded": {"kind": "rl", "steps": 10, "algo": {"max_logprob_diff": 1e9}},  # a test is to say what is wrong
     "live": {
         "kind": "rl",
         "steps": 4,
