@@ -36,7 +36,11 @@ class PromptBuilder:
 
     def prepare(self, examples: Sequence[Example]) -> None:
         """Shares the clips out to all ranks, which all call this: one looks at a clip and embeds it if the cache does
-        not have it, and all believe what it says, so that all skip the same examples."""
+        not have it, and all believe what it says, so that all skip the same examples.
+
+        Raises:
+            RuntimeError: they do not.
+        """
         if self.ranks.size == 1:
             return
         clips = list(dict.fromkeys(clip for example in examples for clip in example.clips))
@@ -44,9 +48,14 @@ class PromptBuilder:
         for clip in clips[self.ranks.rank :: self.ranks.size]:
             found = self._look(clip)
             mine[clip] = found if isinstance(found, MediaError) else found.key
-        said = self.ranks.gather_all((mine, (self.cache.hits, self.cache.misses)))
-        self._found = {clip: found for part, _ in said for clip, found in part.items()}
-        self._counts = [counts for _, counts in said]
+        said = self.ranks.gather_all((mine, (self.cache.hits, self.cache.misses), sorted(self.skips.names)))
+        for rank, (_, _, skipped) in enumerate(said):
+            if differing := set(skipped) ^ set(said[0][2]):
+                raise RuntimeError(
+                    f"ranks 0 and {rank} do not see the same files: only one of them skipped {', '.join(differing)}"
+                )
+        self._found = {clip: found for part, _, _ in said for clip, found in part.items()}
+        self._counts = [counts for _, counts, _ in said]
 
     def __call__(self, examples: Sequence[Example], change: Change | None = None) -> tuple[list[int], list[Prompt]]:
         """Indices of the examples that can be used, and their prompts.

@@ -22,7 +22,7 @@ def shard(root: nn.Module, blocks: Iterable[nn.Module], sp: SequenceGroup) -> No
     """Called before an optimizer is made, because it replaces the parameters; those of `root` are its own, not the
     blocks'."""
     assert sp.group is not None
-    mesh = DeviceMesh.from_group(sp.group, "cpu", mesh_dim_names=("sp",))
+    mesh = DeviceMesh.from_group(sp.group, next(root.parameters()).device.type, mesh_dim_names=("sp",))
     for module in (*blocks, root):
         sharded = fully_shard(module, mesh=mesh)
         # gradients are summed, and divided once by the global count; both settings are of this module alone
