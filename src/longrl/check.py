@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator
+import json
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import typer
@@ -13,6 +14,7 @@ from longrl.config import (
     DataRunConfig,
     LoopConfig,
     ModelConfig,
+    ParallelConfig,
     QuickstartConfig,
     RlConfig,
     RolloutConfig,
@@ -20,6 +22,8 @@ from longrl.config import (
     WarmStartConfig,
 )
 from longrl.models import FAMILIES
+from longrl.parallel.layout import require_heads, require_world
+from longrl.runtime import rank_and_size
 
 
 def check_command(config: AnyConfig) -> None:
@@ -44,14 +48,16 @@ def check_command(config: AnyConfig) -> None:
     typer.echo("ok: everything the run needs is there")
 
 
-def require_model(config: ModelConfig) -> None:
+def require_model(config: ModelConfig, parallel: ParallelConfig | None = None) -> None:
     """Looks whether there is a model, before a run directory is made for it.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is none, or its heads cannot be dealt to so many processes.
     """
     if problem := _model_problem(config.path):
         raise ValueError(f"model.path: {problem}")
+    if parallel and (problem := _heads_problem(config.path, parallel.sp)):
+        raise ValueError(problem)
 
 
 def _report_warm_start(config: WarmStartConfig) -> Iterator[str]:
@@ -92,10 +98,45 @@ def _report_run(config: DataRunConfig) -> Iterator[str]:
         _row(f"data.{name}", path or "", problem)
         if problem:
             yield f"data.{name}: {problem}"
+    yield from _report_parallel(config)
     if isinstance(config, TrainConfig):
         _row("steps", _steps(config, config.rollout if isinstance(config, RlConfig) else None))
     if isinstance(config, RlConfig):
         _row("algo", f"{config.algo.advantage}, {config.algo.loss} loss, KL {config.algo.kl}")
+
+
+def _report_parallel(config: DataRunConfig) -> Iterator[str]:
+    sp, (_, size) = config.parallel.sp, rank_and_size()
+    if sp == size == 1:
+        return
+    text = f"{sp} processes share a prompt" + (" and the weights" if config.parallel.shard else "")
+    if size == 1:  # checked before the run is started
+        text += f"; start it with torchrun --nproc-per-node {sp}, or a multiple"
+    else:
+        text += f", {size} in all"
+    problems = [_heads_problem(config.model.path, sp), _refusal(require_world, size, sp) if size > 1 else None]
+    problems = [problem for problem in problems if problem]
+    _row("parallel", text, "; ".join(problems) or None)
+    yield from problems
+
+
+def _heads_problem(path: str, sp: int) -> str | None:
+    """None also where the heads are not known before the model is made."""
+    try:
+        config = json.loads((Path(path) / "config.json").read_text(encoding="utf-8"))
+        kv_heads = int(config.get("text_config", config)["num_key_value_heads"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    problem = _refusal(require_heads, kv_heads, sp)
+    return problem and f"parallel.sp: {problem}"
+
+
+def _refusal(require: Callable[[int, int], None], first: int, second: int) -> str | None:
+    try:
+        require(first, second)
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def _evaluates(config: TrainConfig) -> bool:

@@ -28,6 +28,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from longrl.parallel.shard import like
+
 log = logging.getLogger(__name__)
 
 FOLDER = "checkpoints"
@@ -191,7 +193,7 @@ def unpack_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor
                 "the checkpoint is of another model"
             )
         # A clone, as the optimizer writes to it in place and the caller may go on using the tensors.
-        state.setdefault(index, {})[name] = value.clone()
+        state.setdefault(index, {})[name] = like(value, parameters[index]).clone()
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 

@@ -63,18 +63,22 @@ def warm_start(config: Config) -> None:
 def sft(config: Config) -> None:
     """Supervised fine-tuning on demonstrated reasoning."""
     loaded = load_arguments(config, "sft")
+    from longrl.parallel.ranks import start_ranks
     from longrl.train_sft import train_sft
 
-    train_sft(loaded)
+    with start_ranks(loaded.parallel) as ranks:
+        train_sft(loaded, ranks)
 
 
 @app.command()
 def rl(config: Config) -> None:
     """Reinforcement learning."""
     loaded = load_arguments(config, "rl")
+    from longrl.parallel.ranks import start_ranks
     from longrl.train_rl import train_rl
 
-    train_rl(loaded)
+    with start_ranks(loaded.parallel) as ranks:
+        train_rl(loaded, ranks)
 
 
 @app.command("eval")
@@ -82,8 +86,10 @@ def evaluate(config: Config) -> None:
     """Accuracy of a model on held-out questions."""
     loaded = load_arguments(config, "eval")
     from longrl.evals.runner import run_eval
+    from longrl.parallel.ranks import start_ranks
 
-    run_eval(loaded)
+    with start_ranks(loaded.parallel) as ranks:
+        run_eval(loaded, ranks)
 
 
 @app.command()

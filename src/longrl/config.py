@@ -123,6 +123,23 @@ class RuntimeConfig(Section):
     tensorboard: bool = True
 
 
+class ParallelConfig(Section):
+    """How the processes of a run that torchrun starts share its work. One process needs none of it."""
+
+    sp: Annotated[int, Field(ge=1)] = 1
+    """Processes that share each prompt, its tokens, keys and values; groups of so many take different prompts."""
+    shard: bool = False
+    """Keep 1/sp of the weights, gradients and optimizer state on each process that shares a prompt (FSDP2)."""
+    timeout_s: Annotated[float, Field(gt=0)] = 1800.0
+    """How long a process waits for the others before it gives the run up."""
+
+    @model_validator(mode="after")
+    def _something_to_shard_over(self) -> ParallelConfig:
+        if self.shard and self.sp == 1:
+            raise ValueError("shard is true, but sp is 1: weights are divided among sp processes; set sp to 2 or more")
+        return self
+
+
 class RunConfig(Section):
     """What every run has."""
 
@@ -139,6 +156,7 @@ class DataRunConfig(RunConfig):
     """What every run on given data has."""
 
     data: DataConfig = DataConfig()
+    parallel: ParallelConfig = ParallelConfig()
 
 
 class AnswerConfig(Section):

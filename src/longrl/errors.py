@@ -17,6 +17,8 @@ from collections.abc import Callable
 from types import FrameType
 from typing import NoReturn
 
+from longrl.runtime import rank_and_size
+
 _HINTS = {
     errno.ENOSPC: "the disk is full: free space, or point run_dir or cache.dir at another disk",
     errno.EDQUOT: "the disk quota is used up: free space, or point run_dir or cache.dir at another disk",
@@ -90,4 +92,6 @@ def _interrupted(signals: list[int]) -> int:
 
 
 def _say(text: str) -> None:
-    sys.stderr.write(f"longrl: {' '.join(text.split())}\n")
+    rank, size = rank_and_size()
+    which = f" rank {rank}:" if size > 1 else ""
+    sys.stderr.write(f"longrl:{which} {' '.join(text.split())}\n")

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from longrl.config import OptimConfig
 
@@ -54,7 +55,8 @@ class Optimizer:
             return 0.0, lr
         for grad in grads:
             grad.div_(count)
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm).item()
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
+        norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
         require_finite(f"the gradient norm of step {step}", norm, ids)
         for group in self.adamw.param_groups:
             group["lr"] = lr

@@ -11,13 +11,20 @@ Gradients are accumulated un-normalised; optim.py divides once, by the global co
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
 
+from longrl.config import DataRunConfig, ModelConfig
+from longrl.models import load_family
 from longrl.models.family import Family
 from longrl.models.streams import Streams, split_length
 from longrl.models.trunk import Trunk
+from longrl.parallel.layout import require_heads
+from longrl.parallel.ranks import Ranks
+from longrl.parallel.sequence import SequenceGroup
+from longrl.parallel.shard import gathered, reshard, shard
 from longrl.types import Prefix, Prompt
 
 STREAM_TOKENS = 8192
@@ -30,14 +37,37 @@ StreamLoss = Callable[[Tensor, Tensor, slice], Tensor]
 class Policy:
     """A family's model, its trunk, and how many updates it has had."""
 
-    def __init__(self, family: Family, *, recompute: bool = False) -> None:
+    def __init__(
+        self, family: Family, *, recompute: bool = False, sp: SequenceGroup | None = None, sharded: bool = False
+    ) -> None:
+        """
+        Args:
+            sp: the ranks that share every prompt; each calls the same methods with the same prompts and streams.
+            sharded: they share the weights too.
+
+        Raises:
+            ValueError: the model's heads cannot be dealt to that many ranks.
+        """
+        if sp is not None:
+            require_heads(family.model.config.get_text_config().num_key_value_heads, sp.size)
         self.family = family
-        self.trunk = Trunk(family.parts(), recompute=recompute)
+        self.trunk = Trunk(family.parts(), recompute=recompute, sp=sp)
+        if sharded:
+            assert sp is not None, "one rank has nobody to share the weights with"
+            shard(self.trunk, self.trunk.blocks, sp)
         self.version = 0
 
     def prefix(self, prompts: Sequence[Prompt]) -> Prefix:
         """Computes, once, the tokens that all these prompts share (of a single prompt: all but the last)."""
         return self.trunk("prefix", prompts[0], split_length(prompts), self.version)
+
+    def gathered(self) -> AbstractContextManager[None]:
+        """Inside, sharded weights are whole: for decoding, which would gather them for each token otherwise."""
+        return gathered(self.trunk, self.trunk.blocks)
+
+    def reshard(self) -> None:
+        """Called before weights are changed or saved."""
+        reshard(self.trunk)
 
     def logprobs(self, prefix: Prefix, streams: Streams, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
         """Log-probs and entropy [N, R] of the streams, without gradients."""
@@ -47,7 +77,10 @@ class Policy:
         return torch.cat(logprobs), torch.cat(entropy)
 
     def backward(self, prefix: Prefix, streams: Streams, loss: StreamLoss, temperature: float = 1.0) -> None:
-        """Accumulates the gradient of the summed loss over all streams into the parameters, and releases the prefix."""
+        """Accumulates the gradient of the summed loss over all streams into the parameters, and releases the prefix.
+
+        In a sequence group that is this rank's share; `sum_gradients` adds the others' before the optimizer step.
+        """
         leaves = prefix.leaves()
         for rows in micro_batches(streams):
             logprobs, entropy = self.trunk("suffix", leaves, streams[rows], temperature)
@@ -57,6 +90,19 @@ class Policy:
             [leaf.grad if leaf.grad is not None else torch.zeros_like(leaf) for leaf in leaves.keys + leaves.values],
         )
         prefix.release()
+
+
+def load_policy(model: ModelConfig, config: DataRunConfig, ranks: Ranks) -> Policy:
+    """A model on the ranks of a run.
+
+    Args:
+        model: config.model, or another checkpoint of it.
+
+    Raises:
+        ValueError: as load_family and Policy.
+    """
+    family = load_family(model, config.runtime.seed)
+    return Policy(family, recompute=model.recompute, sp=ranks.sp, sharded=config.parallel.shard)
 
 
 def micro_batches(streams: Streams) -> Iterator[slice]:

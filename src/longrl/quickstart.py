@@ -28,7 +28,7 @@ from longrl.policy import Policy
 from longrl.report.headline import checks
 from longrl.report.html import write_report
 from longrl.report.metrics import read_metrics
-from longrl.runtime import peak_rss_bytes, start_run
+from longrl.runtime import peak_rss_bytes, rank_and_size, start_run
 from longrl.train_rl import train_rl
 from longrl.train_sft import train_sft
 from longrl.video.cache import EmbedCache
@@ -52,7 +52,12 @@ def run_quickstart(config: QuickstartConfig) -> Path:
 
     Returns:
         The report.
+
+    Raises:
+        ValueError: there is no such model, or there are several processes.
     """
+    if rank_and_size()[1] > 1:
+        raise ValueError("the quickstart is one process; torchrun is for longrl sft, rl and eval")
     require_model(config.model)
     run_dir = start_run(config)
     if (run_dir / "summary.json").exists():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import resource
 import sys
 from pathlib import Path
@@ -18,13 +19,19 @@ logger = logging.getLogger(__name__)
 CONFIG_NAME = "config.yaml"
 
 
-def start_run(config: RunConfig) -> Path:
+def rank_and_size() -> tuple[int, int]:
+    """Which of how many processes this is, of those that torchrun starts together; (0, 1) of one started otherwise."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def start_run(config: RunConfig, *, is_main: bool = True) -> Path:
     """Makes the run directory, writes the resolved configuration into it and sets up torch.
 
-    A directory that already holds this configuration is taken up again (resume).
+    A directory that already holds this configuration is taken up again (resume), on whatever number of processes.
 
     Args:
         config: the resolved configuration.
+        is_main: whether this process writes for the run; another only sets up torch.
 
     Returns:
         The run directory.
@@ -34,16 +41,8 @@ def start_run(config: RunConfig) -> Path:
         OSError: run_dir cannot be made or written.
     """
     run_dir = Path(config.run_dir)
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError):
-        raise ValueError(f"run_dir {run_dir}: it or a parent of it is a file; choose another run_dir") from None
-    path = run_dir / CONFIG_NAME
-    if path.exists():
-        _require_same(config, path)
-        logger.info("%s: taking up the run that is there", run_dir)
-    else:
-        save_config(config, path)
+    if is_main:
+        _claim(run_dir, config)
 
     import torch
 
@@ -70,23 +69,41 @@ def seed_for(*parts: int | str) -> int:
 
 
 def set_up_logging() -> None:
-    """Log lines to stderr: coloured on a terminal, plain with a time stamp elsewhere."""
+    """Log lines to stderr: coloured on a terminal, plain with a time stamp elsewhere; of other ranks than the main one
+    warnings alone."""
+    rank, _ = rank_and_size()
+    which = f"rank {rank}: " if rank else ""
     if sys.stderr.isatty():
         from rich.console import Console
         from rich.logging import RichHandler
 
         handler: logging.Handler = RichHandler(console=Console(stderr=True), show_path=False)
-        handler.setFormatter(logging.Formatter("%(message)s"))
+        handler.setFormatter(logging.Formatter(f"{which}%(message)s"))
     else:
         handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    logging.basicConfig(level=logging.INFO, handlers=[handler])
+        handler.setFormatter(logging.Formatter(f"%(asctime)s %(levelname)s {which}%(name)s: %(message)s"))
+    logging.basicConfig(level=logging.WARNING if rank else logging.INFO, handlers=[handler])
+
+
+def _claim(run_dir: Path, config: RunConfig) -> None:
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise ValueError(f"run_dir {run_dir}: it or a parent of it is a file; choose another run_dir") from None
+    path = run_dir / CONFIG_NAME
+    if path.exists():
+        _require_same(config, path)
+        logger.info("%s: taking up the run that is there", run_dir)
+    else:
+        save_config(config, path)
 
 
 def _require_same(config: RunConfig, path: Path) -> None:
+    """But for `parallel`, which does not change what a run computes."""
     there, here = flatten(read_yaml(path)), flatten(config.model_dump(mode="json"))
     unset: dict[str, Any] = {}
-    differing = [key for key in {**here, **there} if there.get(key, unset) != here.get(key, unset)]
+    keys = [key for key in {**here, **there} if not key.startswith("parallel.")]
+    differing = [key for key in keys if there.get(key, unset) != here.get(key, unset)]
     if not differing:
         return
     key, more = differing[0], len(differing) - 1

@@ -2,7 +2,8 @@
 
 - a group stays whole: its statistics are local, nothing moves between groups;
 - each video's prefix is computed once: it serves decoding and the update alike;
-- gradients are summed over the step and divided once, by the global count.
+- gradients are summed over the step and all ranks, and divided once, by the global count;
+- ranks that share a prompt make the same calls, data-parallel ranks meet at the end of the step.
 """
 
 from __future__ import annotations
@@ -19,14 +20,12 @@ from longrl.algo.advantages import ADVANTAGES, assign_advantages
 from longrl.algo.losses import LOSSES, denominator, policy_loss
 from longrl.config import RlConfig
 from longrl.data.examples import Skips, load_examples
-from longrl.data.order import step_examples
 from longrl.evals.runner import evaluate, load_questions
-from longrl.models import load_family
 from longrl.models.streams import Streams, make_streams
 from longrl.optim import require_finite
-from longrl.policy import Policy, StreamLoss
+from longrl.parallel.ranks import ALONE, Ranks
+from longrl.policy import Policy, StreamLoss, load_policy
 from longrl.registry import resolve
-from longrl.report.progress import Progress
 from longrl.rewards.compose import build_rewards
 from longrl.rollout.native import NativeEngine
 from longrl.runtime import seed_for
@@ -34,8 +33,12 @@ from longrl.training import Training
 from longrl.types import Example, Group, LossInputs, Prefix, Scored
 
 
-def train_rl(config: RlConfig) -> Path:
+def train_rl(config: RlConfig, ranks: Ranks = ALONE) -> Path:
     """Trains on `data.train` by group-relative policy gradients; resumes where the run directory left off.
+
+    Args:
+        config: of the run.
+        ranks: the processes that do it together, each of which calls this (`start_ranks`).
 
     Returns:
         The Hugging Face folder of the last checkpoint.
@@ -44,43 +47,44 @@ def train_rl(config: RlConfig) -> Path:
         ValueError: bad data or configuration.
         RuntimeError: a loss or gradient is not finite, or engine and trainer disagree about log-probs.
     """
-    skips, eval_skips, data, seed = Skips(config.data), Skips(config.data), config.data, config.runtime.seed
+    skips, eval_skips, seed = Skips(config.data), Skips(config.data), config.runtime.seed
     examples = _questions(config, skips)
     held_out = load_questions(config, eval_skips) if config.eval_every_steps else []
     score = build_rewards(config.rewards)
     resolve(config.algo.advantage, ADVANTAGES, "advantage")
     resolve(config.algo.loss, LOSSES, "loss")
-    training = Training(config, skips)
+    training = Training(config, skips, ranks)
     policy = training.policy
-    reference = None if config.algo.kl == "off" else Policy(load_family(config.model, seed))
+    reference = None if config.algo.kl == "off" else load_policy(config.model, config, ranks)
 
-    with training.metrics() as metrics, Progress("rl", config.steps) as progress:
+    def judge(groups: Sequence[Group]) -> list[list[Scored]]:
+        return [assign_advantages(score(group), config.algo.advantage) for group in groups]
+
+    with training.metrics() as metrics, training.progress("rl") as progress:
         engine = NativeEngine(policy, config.rollout, metrics.time)
         for step in training.steps_left():
             with metrics.step(step):
-                drawn = step_examples(examples, step, config.prompts_per_step, data.share_media, seed)
                 with metrics.time("media"):
-                    kept, prompts = training.build([example for _, example in drawn])
-                batch = [drawn[i][1] for i in kept]
-                seeds = [seed_for(seed, "rollout", step, drawn[i][0], drawn[i][1].id) for i in kept]
+                    batch = training.draw(examples, step)
+                named = zip(batch.epochs, batch.examples, strict=True)
+                seeds = [seed_for(seed, "rollout", step, epoch, example.id) for epoch, example in named]
                 totals = Totals()
-                for groups, prefix in engine.rollout(batch, prompts, seeds):
+                for groups, prefix in engine.rollout(batch.examples, batch.prompts, seeds):
                     with metrics.time("reward"):
-                        scored = [assign_advantages(score(group), config.algo.advantage) for group in groups]
+                        scored = ranks.once(judge, groups)
                     totals.count(groups, scored)
                     with metrics.time("update"):
                         update(policy, reference, groups, scored, prefix, config, totals)
                 with metrics.time("optimizer"):
-                    ids = [example.id for example in batch]
-                    norm, lr = training.optimizer.step(step, totals.denominator, ids)
-                policy.version = step
+                    totals = Totals.sum(ranks.gather(totals))
+                    norm, lr = training.update(step, totals.denominator, batch.ids)
                 for name, value in (totals.metrics() | {"grad_norm": norm, "lr": lr}).items():
                     metrics.log(name, value)
-                metrics.log("cache/hit_rate", training.build.cache.hit_rate)
+                metrics.log("cache/hit_rate", training.build.hit_rate)
                 metrics.log("data/skipped", len(skips.names))
                 if held_out and training.is_due(step, config.eval_every_steps):
                     with metrics.time("evaluation"):
-                        result = evaluate(policy, held_out, config, eval_skips, stage=f"step {step}")
+                        result = evaluate(policy, held_out, config, eval_skips, stage=f"step {step}", ranks=ranks)
                     metrics.log("eval/accuracy", result.overall.accuracy)
             progress.update(metrics.last)
             training.save_if_due(step)
@@ -123,6 +127,22 @@ class Totals:
     """Over rollouts or groups."""
     token_sums: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     """Over trained tokens."""
+
+    @classmethod
+    def sum(cls, parts: Sequence[Totals]) -> Totals:
+        """Those of several ranks as one."""
+        whole = cls()
+        for part in parts:
+            whole.denominator += part.denominator
+            whole.loss_sum += part.loss_sum
+            whole.trained_tokens += part.trained_tokens
+            for name, mean in part.means.items():
+                whole.means[name].total += mean.total
+                whole.means[name].count += mean.count
+            for name, value in part.token_sums.items():
+                whole.token_sums[name] += value
+        whole.logprob_diff = max((p.logprob_diff for p in parts if p.logprob_diff is not None), default=None)
+        return whole
 
     def count(self, groups: Sequence[Group], scored: Sequence[list[Scored]]) -> None:
         for one in (one for group in scored for one in group):

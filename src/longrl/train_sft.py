@@ -9,18 +9,21 @@ from torch import Tensor
 
 from longrl.config import SftConfig
 from longrl.data.examples import Skips, load_examples
-from longrl.data.order import step_examples
 from longrl.data.prompts import response_ids
 from longrl.models.streams import cohorts, make_streams
 from longrl.optim import require_finite
+from longrl.parallel.ranks import ALONE, Ranks
 from longrl.policy import Policy
-from longrl.report.progress import Progress
 from longrl.training import Training
 from longrl.types import Example, Prompt
 
 
-def train_sft(config: SftConfig) -> Path:
+def train_sft(config: SftConfig, ranks: Ranks = ALONE) -> Path:
     """Trains on `data.train`, whose rows must have a `response`; resumes where the run directory left off.
+
+    Args:
+        config: of the run.
+        ranks: the processes that do it together, each of which calls this (`start_ranks`).
 
     Returns:
         The Hugging Face folder of the last checkpoint.
@@ -31,26 +34,23 @@ def train_sft(config: SftConfig) -> Path:
     """
     skips = Skips(config.data)
     examples = _demonstrated(config, skips)
-    training = Training(config, skips)
-    policy, data, seed = training.policy, config.data, config.runtime.seed
+    training = Training(config, skips, ranks)
 
-    with training.metrics() as metrics, Progress("sft", config.steps) as progress:
+    with training.metrics() as metrics, training.progress("sft") as progress:
         for step in training.steps_left():
             with metrics.step(step):
-                drawn = step_examples(examples, step, config.prompts_per_step, data.share_media, seed)
                 with metrics.time("media"):
-                    kept, prompts = training.build([example for _, example in drawn])
-                batch = [drawn[i][1] for i in kept]
+                    batch = training.draw(examples, step)
                 with metrics.time("update"):
-                    loss, tokens = _backward(policy, batch, prompts)
-                    norm, lr = training.optimizer.step(step, tokens, [example.id for example in batch])
-                policy.version = step
+                    parts = ranks.gather(_backward(training.policy, batch.examples, batch.prompts))
+                    loss, tokens = sum(loss for loss, _ in parts), sum(tokens for _, tokens in parts)
+                    norm, lr = training.update(step, tokens, batch.ids)
                 for name, value in (
                     ("loss", loss / tokens if tokens else None),
-                    ("response/tokens", tokens / len(batch) if batch else None),
+                    ("response/tokens", tokens / len(batch.ids) if batch.ids else None),
                     ("grad_norm", norm),
                     ("lr", lr),
-                    ("cache/hit_rate", training.build.cache.hit_rate),
+                    ("cache/hit_rate", training.build.hit_rate),
                     ("data/skipped", len(skips.names)),
                 ):
                     metrics.log(name, value)

@@ -2,40 +2,60 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from longrl.check import require_model
 from longrl.checkpoint import FOLDER, Checkpoints, pack_optimizer, unpack_optimizer
 from longrl.config import TrainConfig
 from longrl.data.examples import Skips
+from longrl.data.order import step_examples
 from longrl.data.prompts import PromptBuilder
-from longrl.models import load_family
+from longrl.models.streams import shares
 from longrl.optim import Optimizer
-from longrl.policy import Policy
+from longrl.parallel.gradients import sum_gradients
+from longrl.parallel.ranks import ALONE, Ranks
+from longrl.parallel.shard import whole
+from longrl.policy import load_policy
 from longrl.report.metrics import Metrics
+from longrl.report.progress import Progress
 from longrl.runtime import start_run
+from longrl.types import Example, Prompt
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """What this rank does of a step: whole cohorts. Of one process, all of it."""
+
+    epochs: list[int]
+    """Of each example: a step across the end of an epoch can hold one twice."""
+    examples: list[Example]
+    prompts: list[Prompt]
+    ids: list[str]
+    """Of the whole step's examples, on all ranks."""
 
 
 class Training:
     """A run taken up where its directory left off, or begun."""
 
-    def __init__(self, config: TrainConfig, skips: Skips) -> None:
+    def __init__(self, config: TrainConfig, skips: Skips, ranks: Ranks = ALONE) -> None:
         """Loads the model: whoever calls has checked the data and all names of the configuration.
 
         Args:
             config: of the run.
             skips: what reading the data skipped; what the run had skipped when it was saved is added.
+            ranks: all of them do this, and call every method that follows.
         """
-        self.config, self.skips = config, skips
-        require_model(config.model)
-        self.run_dir = start_run(config)
+        self.config, self.skips, self.ranks = config, skips, ranks
+        require_model(config.model, config.parallel)
+        self.run_dir = start_run(config, is_main=ranks.is_main)
         self.checkpoints = Checkpoints(self.run_dir / FOLDER, config.checkpoint.keep)
-        latest = self.checkpoints.latest()
-        family = load_family(config.model.at(latest.model_path) if latest else config.model, config.runtime.seed)
-        self.policy = Policy(family, recompute=config.model.recompute)
+        latest = ranks.from_main(self.checkpoints.latest)
+        self.policy = load_policy(config.model.at(latest.model_path) if latest else config.model, config, ranks)
         self.optimizer = Optimizer(self.policy.trunk.parameters(), config.optim, config.steps)
-        self.build = PromptBuilder(family, config.cache, skips)
-        self.done = 0
+        self.build = PromptBuilder(self.policy.family, config.cache, skips, ranks)
+        self.done, self.sharded = 0, config.parallel.shard
         if latest:
             unpack_optimizer(self.optimizer.adamw, latest.tensors())
             skips.names.update(latest.state["skipped"])
@@ -45,21 +65,59 @@ class Training:
         return range(self.done + 1, self.config.steps + 1)
 
     def metrics(self) -> Metrics:
-        """The run's metrics, without those of steps that are done again."""
-        return Metrics(self.run_dir, self.config.runtime.tensorboard, self.done + 1)
+        """The run's metrics, without those of steps that are done again; the main rank writes them."""
+        run_dir = self.run_dir if self.ranks.is_main else None
+        return Metrics(run_dir, self.config.runtime.tensorboard, self.done + 1)
+
+    def progress(self, title: str) -> Progress:
+        return Progress(title, self.config.steps, shown=self.ranks.is_main)
+
+    def draw(self, examples: Sequence[Example], step: int) -> Batch:
+        """This rank's share of a step, its media embedded."""
+        config = self.config
+        drawn = step_examples(examples, step, config.prompts_per_step, config.data.share_media, config.runtime.seed)
+        self.build.prepare([example for _, example in drawn])
+        kept, prompts = self.build([example for _, example in drawn])
+        mine = shares(prompts, self.ranks.dp_size)[self.ranks.dp_rank]
+        return Batch(
+            epochs=[drawn[kept[i]][0] for i in mine],
+            examples=[drawn[kept[i]][1] for i in mine],
+            prompts=[prompts[i] for i in mine],
+            ids=[drawn[i][1].id for i in kept],
+        )
+
+    def update(self, step: int, count: int, ids: Sequence[str]) -> tuple[float, float]:
+        """Adds up the gradients of all ranks and takes the optimizer step (optim.py): the same on each.
+
+        Args:
+            count: what the gradient is divided by, of all ranks together.
+        """
+        self.policy.reshard()
+        if self.ranks.size > 1:
+            # those of a sharded weight are summed over sp already
+            sum_gradients(self.optimizer.parameters, self.ranks.dp if self.sharded else self.ranks.everyone)
+        norm, lr = self.optimizer.step(step, count, ids)
+        self.policy.version = step
+        return norm, lr
 
     def is_due(self, step: int, every: int) -> bool:
         """Whether something done every so many steps, and after the last, is due; every 0: after the last alone."""
         return step == self.config.steps or (every > 0 and step % every == 0)
 
     def save_if_due(self, step: int) -> None:
-        if self.is_due(step, self.config.checkpoint.every_steps):
-            self.checkpoints.save(
-                step, self.policy.family.save, pack_optimizer(self.optimizer.adamw), {"skipped": self.skips.names}
-            )
+        """The main rank saves; those that it shares the weights with hand over theirs."""
+        if self.ranks.dp_rank or not self.is_due(step, self.config.checkpoint.every_steps):
+            return
+        self.policy.reshard()
+        family, main = self.policy.family, self.ranks.is_main
+        weights = whole(family.model.state_dict(keep_vars=True), main) if self.sharded else None
+        tensors = whole(pack_optimizer(self.optimizer.adamw), main)
+        if main:
+            save = self.checkpoints.save
+            save(step, lambda path: family.save(path, weights), tensors, {"skipped": self.skips.names})
 
     def last_model(self) -> Path:
         """The Hugging Face folder of the last checkpoint."""
-        last = self.checkpoints.latest()
+        last = self.ranks.from_main(self.checkpoints.latest)
         assert last is not None
         return last.model_path

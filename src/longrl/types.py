@@ -183,7 +183,10 @@ class Prefix:
 
     def __init__(self, keys: list[Tensor], values: list[Tensor], length: int, policy_version: int) -> None:
         self.keys = keys
-        """[L] of [kv_heads, length, head_dim], after rotary embedding; perhaps attached to the graph."""
+        """[L] of [kv_heads, length, head_dim], after rotary embedding; perhaps attached to the graph.
+
+        On a rank of a sequence group: all positions, but kv_heads / ranks heads (one, where there are fewer heads than
+        ranks)."""
         self.values = values
         self.length = length
         self.policy_version = policy_version

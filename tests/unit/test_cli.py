@@ -176,3 +176,23 @@ def test_a_full_disk_under_stdout(base):
     assert done.returncode == 1
     assert done.stderr.startswith("longrl: error: No space left on device (the disk is full")
     assert done.stderr.count("\n") == 1
+
+
+def test_check_of_several_processes(longrl, base, tmp_path, monkeypatch):
+    done = longrl("check", base, "parallel.sp=2", "parallel.shard=true")
+    assert done.returncode == 0
+    assert "2 processes share a prompt and the weights; start it with torchrun --nproc-per-node 2" in done.stdout
+    assert "shard is true, but sp is 1" in longrl("check", base, "parallel.shard=true").stderr
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text('{"text_config": {"num_key_value_heads": 4}}')
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    done = longrl("check", base, "parallel.sp=6", "model.path=model")
+    assert done.returncode == 2
+    assert "parallel.sp: 4 KV heads cannot be dealt to 6 sequence-parallel ranks" in done.stderr
+    assert "parallel.sp is 6, but there are 8 processes: 8 = 1 x 6 + 2" in done.stderr
+
+
+def test_several_processes_need_to_be_started(longrl, base):
+    done = longrl("rl", base, "parallel.sp=2")
+    assert done.returncode == 2
+    assert done.stderr.startswith("longrl: error: parallel.sp is 2, but there is 1 process: 1 = 0 x 2 + 1; start a ")

@@ -17,13 +17,15 @@ from longrl.data.examples import Skips, load_examples
 from longrl.data.order import by_media
 from longrl.data.prompts import Change, PromptBuilder
 from longrl.files import write_whole
-from longrl.models import load_family
-from longrl.policy import Policy
+from longrl.models.streams import num_tokens
+from longrl.parallel.layout import balanced
+from longrl.parallel.ranks import ALONE, Ranks
+from longrl.policy import Policy, load_policy
 from longrl.rewards.answer import answer_reward
 from longrl.rewards.compose import build_rewards
 from longrl.rollout.native import NativeEngine
 from longrl.runtime import seed_for, start_run
-from longrl.types import Example, Scored
+from longrl.types import Example, Group, Scored
 
 logger = logging.getLogger(__name__)
 
@@ -68,19 +70,24 @@ class EvalResult:
         write_whole(path, json.dumps(flat, indent=1) + "\n")
 
 
-def run_eval(config: EvalRunConfig) -> EvalResult:
-    """Evaluates `model` on `data.eval` and writes eval.json into the run directory."""
+def run_eval(config: EvalRunConfig, ranks: Ranks = ALONE) -> EvalResult:
+    """Evaluates `model` on `data.eval` and writes eval.json into the run directory; every rank calls it."""
     skips = Skips(config.data)
     examples = load_questions(config, skips)
     build_rewards(config.rewards)  # the names, before a model is loaded
-    require_model(config.model)
-    run_dir = start_run(config)
-    policy = Policy(load_family(config.model, config.runtime.seed))
-    result = evaluate(policy, examples, config, skips, stage="eval")
+    require_model(config.model, config.parallel)
+    run_dir = start_run(config, is_main=ranks.is_main)
+    policy = load_policy(config.model, config, ranks)
+    result = evaluate(policy, examples, config, skips, stage="eval", ranks=ranks)
+    if ranks.is_main:
+        _write(result, run_dir)
+    return result
+
+
+def _write(result: EvalResult, run_dir: Path) -> None:
     result.write(run_dir / "eval.json")
     for name, value in {"all": result.overall, **result.by_kind, **result.by_category}.items():
         logger.info("%-12s %.3f  (%d questions)", name, value.accuracy, value.num_questions)
-    return result
 
 
 def load_questions(config: RlConfig | EvalRunConfig, skips: Skips) -> list[Example]:
@@ -101,6 +108,7 @@ def evaluate(
     skips: Skips,
     *,
     stage: str,
+    ranks: Ranks = ALONE,
     change: Change | None = None,
     forced: str = "",
 ) -> EvalResult:
@@ -110,17 +118,24 @@ def evaluate(
 
     Args:
         skips: of the questions.
+        ranks: the policy's: data-parallel ranks take different videos, and all get the result of all.
         change: a control: what is done to each prompt's example and media first (see controls.py).
         forced: a control: the text that every response is made to begin with.
     """
-    build = PromptBuilder(policy.family, config.cache, skips)
+    build = PromptBuilder(policy.family, config.cache, skips, ranks)
     sampling = config.rollout.model_copy(
         update={"group_size": config.eval.samples, "temperature": config.eval.temperature}
     )
     engine, score = NativeEngine(policy, sampling), build_rewards(config.rewards)
     forced_ids = policy.family.tokenizer.encode(forced, add_special_tokens=False)
     found: dict[str, list[Scored]] = {}
-    for members in by_media(examples):
+
+    def judge(groups: Sequence[Group]) -> dict[str, list[Scored]]:
+        said = {g.id: tuple(replace(one, text=forced + one.text) for one in g.rollouts) for g in groups}
+        return {g.id: score(replace(g, rollouts=said[g.id])) for g in groups}
+
+    build.prepare(examples)
+    for members in _share(examples, build, change):
         kept, prompts = build([examples[i] for i in members], change)
         batch = [examples[members[k]] for k in kept]
         prompts = [prompt.followed_by(forced_ids) for prompt in prompts]
@@ -128,10 +143,20 @@ def evaluate(
         with torch.no_grad():
             for groups, prefix in engine.rollout(batch, prompts, seeds):
                 prefix.release()
-                for group in groups:
-                    rollouts = tuple(replace(one, text=forced + one.text) for one in group.rollouts)
-                    found[group.id] = score(replace(group, rollouts=rollouts))
+                found |= ranks.once(judge, groups)
+    found = {name: scored for part in ranks.gather(found) for name, scored in part.items()}
     return _result(stage, examples, found, config.eval.samples, skips)
+
+
+def _share(examples: Sequence[Example], build: PromptBuilder, change: Change | None) -> list[list[int]]:
+    """The questions of this rank, those about the same media together."""
+    together, ranks = by_media(examples), build.ranks
+    if ranks.dp_size == 1:
+        return together
+    # all prompts are built, one video's at a time, to know their lengths; and so all ranks skip what any of them must
+    prompts = (build([examples[i] for i in members], change)[1] for members in together)
+    dealt = balanced([num_tokens(some) if some else 0 for some in prompts], ranks.dp_size)
+    return [together[k] for k in dealt[ranks.dp_rank]]
 
 
 def _result(

@@ -33,8 +33,11 @@ class Family(Protocol):
         """The random-weight twin: the real classes, made from config, with a tokenizer of its own."""
         ...
 
-    def save(self, path: Path) -> None:
-        """Writes a complete Hugging Face folder, which `load` and `from_pretrained` read back with equal logits."""
+    def save(self, path: Path, weights: dict[str, Tensor] | None = None) -> None:
+        """Writes a complete Hugging Face folder, which `load` and `from_pretrained` read back with equal logits.
+
+        weights: by their names in the model, where it holds only a share of them itself.
+        """
         ...
 
     @property

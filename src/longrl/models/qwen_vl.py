@@ -140,9 +140,9 @@ class Qwen25VL:
             model = AutoModelForImageTextToText.from_config(config, dtype=dtype)
         return cls(model, tokenizer, make_processor_files(config.vision_config, 28 * 28, 28 * 28))
 
-    def save(self, path: Path) -> None:
+    def save(self, path: Path, weights: dict[str, Tensor] | None = None) -> None:
         with _only_errors():
-            self.model.save_pretrained(path)
+            self.model.save_pretrained(path, state_dict=weights)
         self.tokenizer.save_pretrained(path)
         for name, text in self.processor_files.items():
             (path / name).write_text(text)

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
+from longrl.parallel.layout import balanced
 from longrl.types import Prompt
 
 
@@ -30,6 +32,16 @@ class Streams:
             position_ids=self.position_ids[:, rows],
             labels=self.labels[rows],
             mask=self.mask[rows],
+        )
+
+    def padded(self, length: int) -> Streams:
+        """The same streams, zeros behind rows shorter than `length`."""
+        more = max(0, length - self.token_ids.shape[1])
+        return Streams(
+            token_ids=pad(self.token_ids, (0, more)),
+            position_ids=pad(self.position_ids, (0, more)),
+            labels=pad(self.labels, (0, more)),
+            mask=pad(self.mask, (0, more)),
         )
 
 
@@ -64,6 +76,19 @@ def cohorts(prompts: Sequence[Prompt]) -> list[list[int]]:
         same = (tuple(media.key for media in prompt.media), tuple(prompt.token_ids[:end].tolist())) if end else (index,)
         by_media.setdefault(same, []).append(index)
     return list(by_media.values())
+
+
+def num_tokens(prompts: Sequence[Prompt]) -> int:
+    """Tokens that are computed for the prompts of one cohort: those that they share count once."""
+    shared = split_length(prompts)
+    return shared + sum(len(prompt) - shared for prompt in prompts)
+
+
+def shares(prompts: Sequence[Prompt], parts: int) -> list[list[int]]:
+    """Which prompts each of `parts` data-parallel ranks takes: whole cohorts, about as many tokens for each rank."""
+    together = cohorts(prompts)
+    dealt = balanced([num_tokens([prompts[i] for i in members]) for members in together], parts)
+    return [sorted(i for k in part for i in together[k]) for part in dealt]
 
 
 def make_streams(prompts: Sequence[Prompt], responses: Sequence[Sequence[int]], prefix_length: int) -> Streams:

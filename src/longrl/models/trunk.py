@@ -7,6 +7,8 @@
 Attention is a function registered with transformers' attention interface under our own name; what it needs travels in a
 `Call`, made inside the Block (so that a recomputation makes its own), handed to the layer as a keyword, filled with the
 keys and values and returned by the Block as outputs. No globals, no patches.
+
+With a sequence group, prefix and suffix hold this rank's tokens, and attention has an exchange before and after it.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from longrl.models.own_kv import OwnKV
 from longrl.models.streams import Streams
 from longrl.parallel.attend import attend, attend_decode
+from longrl.parallel.sequence import Replicated, SequenceGroup, Sharded
 from longrl.types import Prefix, Prompt
 
 ATTENTION = "longrl_shared_prefix"
@@ -31,26 +34,41 @@ HEAD_CHUNK = 2048
 class Call:
     """What one call of one layer must know, and what it hands back. A plain class: FSDP2 looks inside dataclasses."""
 
-    __slots__ = ("keys", "layer", "own", "prefix", "streams", "values")
+    __slots__ = ("exchange", "keys", "layer", "own", "prefix", "streams", "values")
 
-    def __init__(self, layer: int, streams: int, prefix: tuple[Tensor, Tensor] | None, own: OwnKV | None) -> None:
-        self.layer, self.streams, self.prefix, self.own = layer, streams, prefix, own
-        self.keys = self.values = None
+    def __init__(
+        self,
+        layer: int,
+        streams: int,
+        prefix: tuple[Tensor, Tensor] | None,
+        own: OwnKV | None,
+        exchange: Sharded | Replicated | None,
+    ) -> None:
+        self.layer, self.streams, self.prefix, self.own, self.exchange = layer, streams, prefix, own, exchange
+        self.keys: Tensor | None = None
+        self.values: Tensor | None = None
 
 
 def _attention(module, query, key, value, attention_mask, scaling=1.0, *, trunk_call: Call, **_):
-    """query [1, H, N*R, d], key, value [1, KV, N*R, d] (streams packed one after the other) -> [1, N*R, H, d]."""
+    """query [1, H, T, d], key, value [1, KV, T, d] -> [1, T, H, d]; T tokens of this rank, of streams packed one after
+    the other."""
     call = trunk_call
-    q, k, v = (x[0].unflatten(1, (call.streams, -1)).transpose(0, 1) for x in (query, key, value))  # [N, heads, R, d]
+    q, k, v = query[0], key[0], value[0]
+    if call.exchange is not None:
+        q, k, v = call.exchange.enter(q, k, v)  # fewer heads, the tokens of all ranks
+    if call.prefix is None:
+        # a view returned from a Block would lose FSDP2's backward hook
+        call.keys, call.values = k.clone(), v.clone()
+    q, k, v = (x.unflatten(1, (call.streams, -1)).transpose(0, 1) for x in (q, k, v))  # [N, heads, R, d]
     if call.own is not None:
         assert call.prefix is not None
         out = attend_decode(q, *call.own.write(call.layer, k, v), call.prefix, scaling)
     else:
         out = attend(q, k, v, call.prefix, scaling)
-    if call.prefix is None:
-        # a view returned from a Block would lose FSDP2's backward hook
-        call.keys, call.values = key[0].clone(), value[0].clone()
-    return out.transpose(1, 2).flatten(0, 1)[None], None
+    out = out.transpose(1, 2).flatten(0, 1)
+    if call.exchange is not None:
+        out = call.exchange.leave(out, heads=query.shape[1], kv_heads=key.shape[1])
+    return out[None], None
 
 
 AttentionInterface.register(ATTENTION, _attention)
@@ -67,13 +85,13 @@ class Block(nn.Module):
         super().__init__()
         self.index, self.layer, self.recompute = index, layer, recompute
 
-    def _run(self, hidden, rope, streams, far_k, far_v, own):
-        call = Call(self.index, streams, None if far_k is None else (far_k, far_v), own)
+    def _run(self, hidden, rope, exchange, streams, far_k, far_v, own):
+        call = Call(self.index, streams, None if far_k is None else (far_k, far_v), own, exchange)
         hidden = self.layer(hidden, attention_mask=None, position_embeddings=rope, trunk_call=call)
         return hidden, call.keys, call.values
 
-    def forward(self, hidden, rope, streams=1, far_k=None, far_v=None, own=None):
-        args = (hidden, rope, streams, far_k, far_v, own)
+    def forward(self, hidden, rope, exchange, streams=1, far_k=None, far_v=None, own=None):
+        args = (hidden, rope, exchange, streams, far_k, far_v, own)
         if self.recompute and torch.is_grad_enabled():
             return checkpoint(self._run, *args, use_reentrant=False, preserve_rng_state=False)
         return self._run(*args)
@@ -93,8 +111,9 @@ class TrunkParts:
 class Trunk(nn.Module):
     """See the module's docstring. One door (`forward(job, ...)`), so that root hooks always run."""
 
-    def __init__(self, parts: TrunkParts, *, recompute: bool = False) -> None:
+    def __init__(self, parts: TrunkParts, *, recompute: bool = False, sp: SequenceGroup | None = None) -> None:
         super().__init__()
+        self.sp = sp
         self.embed, self.norm, self.rotary, self.head = parts.embed, parts.norm, parts.rotary, parts.head
         self.blocks = nn.ModuleList(Block(index, layer, recompute) for index, layer in enumerate(parts.layers))
 
@@ -106,16 +125,19 @@ class Trunk(nn.Module):
 
         Returns:
             Keys and values of every layer, attached to the graph when gradients are on.
+
+        Raises:
+            ValueError: fewer tokens than the sequence group has ranks; on every rank.
         """
-        hidden = self.embed(prompt.token_ids[:length])
-        for media, (start, end) in zip(prompt.media, prompt.media_slots, strict=True):
+        mine, exchange = self._share(length, "prefix")
+        for start, end in prompt.media_slots:
             if end > length:
                 raise AssertionError(f"the prefix of {length} tokens ends before its media at {start}:{end}")
-            hidden = torch.cat([hidden[:start], media.embeds.to(hidden.dtype), hidden[end:]])
-        hidden, rope = hidden[None], self._rope(hidden, prompt.position_ids[:, :length])
+        hidden = self._embed(prompt, mine)[None]
+        rope = self._rope(hidden, prompt.position_ids[:, mine])
         keys, values = [], []
         for block in self.blocks:
-            hidden, k, v = block(hidden, rope)
+            hidden, k, v = block(hidden, rope, exchange)
             keys.append(k)
             values.append(v)
         return Prefix(keys, values, length, version)
@@ -124,23 +146,30 @@ class Trunk(nn.Module):
         """Log-probs and entropy of the streams' labelled tokens, given the prefix.
 
         Returns:
-            logprobs, entropy [N, R]: of logits / temperature; zero where streams.mask is False.
+            logprobs, entropy [N, R]: of logits / temperature; zero where streams.mask is False. Of all tokens, on every
+            rank of a sequence group; each scores its own.
         """
-        count = len(streams.token_ids)
-        hidden = self.embed(streams.token_ids.flatten())[None]
-        rope = self._rope(hidden[0], streams.position_ids.flatten(1))
+        count, length = streams.token_ids.shape
+        if self.sp is not None:
+            streams = streams.padded(-(-self.sp.size // count))  # a few responses of one token still are a token a rank
+        mine, exchange = self._share(streams.mask.numel(), "suffix")
+        hidden = self.embed(streams.token_ids.flatten()[mine])[None]
+        rope = self._rope(hidden[0], streams.position_ids.flatten(1)[:, mine])
         for block, k, v in zip(self.blocks, prefix.keys, prefix.values, strict=True):
-            hidden, _, _ = block(hidden, rope, count, k, v)
-        mask = streams.mask.flatten()
-        logprobs, entropy = self._score(hidden[0][mask], streams.labels.flatten()[mask], temperature)
+            hidden, _, _ = block(hidden, rope, exchange, count, k, v)
+        mask = streams.mask.flatten()[mine]
+        logprobs, entropy = self._score(hidden[0][mask], streams.labels.flatten()[mine][mask], temperature)
         where = (mask.nonzero()[:, 0],)
         zeros = logprobs.new_zeros(mask.shape)
         logprobs, entropy = zeros.index_put(where, logprobs), zeros.index_put(where, entropy)
-        return logprobs.view_as(streams.mask), entropy.view_as(streams.mask)
+        if self.sp is not None:
+            logprobs, entropy = self.sp.gather(torch.stack([logprobs, entropy]), streams.mask.numel())
+        logprobs, entropy = (x.view_as(streams.mask)[:, :length] for x in (logprobs, entropy))
+        return logprobs.clone(), entropy.clone()  # as in _attention: no views
 
     @torch.no_grad()
     def decode(self, prefix: Prefix, own: OwnKV, token_ids: Tensor, position_ids: Tensor) -> Tensor:
-        """Feeds new tokens to every stream and advances `own`.
+        """Feeds new tokens to every stream and advances `own`. Every rank of a sequence group feeds the same.
 
         Args:
             token_ids: [N, new]; position_ids: [axes, N, new].
@@ -149,10 +178,11 @@ class Trunk(nn.Module):
             Hidden states [N, D] of each stream's last token, before the head.
         """
         count, new = token_ids.shape
+        exchange = None if self.sp is None else Replicated(self.sp)
         hidden = self.embed(token_ids.flatten())[None]
         rope = self._rope(hidden[0], position_ids.flatten(1))
         for block, k, v in zip(self.blocks, prefix.keys, prefix.values, strict=True):
-            hidden, _, _ = block(hidden, rope, count, k, v, own)
+            hidden, _, _ = block(hidden, rope, exchange, count, k, v, own)
         own.filled += new
         return hidden[0].unflatten(0, (count, new))[:, -1]
 
@@ -160,6 +190,22 @@ class Trunk(nn.Module):
         """[..., D] -> [..., vocabulary], in fp32 or wider, divided by the temperature."""
         logits = self.head(self.norm(hidden))
         return (logits if logits.dtype == torch.float64 else logits.float()) / temperature
+
+    def _share(self, total: int, kind: str) -> tuple[slice, Sharded | None]:
+        """This rank's part of `total` tokens, and how attention sees the others'."""
+        return (slice(0, total), None) if self.sp is None else (self.sp.span(total), Sharded(self.sp, total, kind))
+
+    def _embed(self, prompt: Prompt, tokens: slice) -> Tensor:
+        """[T, D] of a prompt's tokens, media in their slots; of media, which may be memory-mapped, no other rows are
+        read."""
+        first, last = tokens.start, tokens.stop
+        hidden = self.embed(prompt.token_ids[tokens])
+        for media, slot in zip(prompt.media, prompt.media_slots, strict=True):
+            start, end = max(first, slot[0]), min(last, slot[1])
+            if start < end:
+                rows = media.embeds[start - slot[0] : end - slot[0]].to(hidden.dtype)
+                hidden = torch.cat([hidden[: start - first], rows, hidden[end - first :]])
+        return hidden
 
     def _rope(self, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """positions [axes, T] -> cos, sin as the family's rotary module makes them."""

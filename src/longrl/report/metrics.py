@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, SupportsFloat
+from typing import TYPE_CHECKING, Any, SupportsFloat, TextIO
 
 from longrl.files import write_whole
 
@@ -40,11 +40,12 @@ class Metrics:
         last: The line of the last complete step, {} before the first.
     """
 
-    def __init__(self, run_dir: Path, tensorboard: bool = True, resume_from: int = 0) -> None:
+    def __init__(self, run_dir: Path | None, tensorboard: bool = True, resume_from: int = 0) -> None:
         """Opens the files.
 
         Args:
-            run_dir: Where metrics.jsonl and the folder tensorboard/ go; created when missing.
+            run_dir: Where metrics.jsonl and the folder tensorboard/ go; created when missing. None: nothing is written,
+                another rank does.
             tensorboard: Write TensorBoard event files too.
             resume_from: The first step that this process will run. Lines of this step and later ones, left by a process
                 that went further than its last checkpoint, are dropped; 0 drops all.
@@ -52,12 +53,15 @@ class Metrics:
         Raises:
             OSError: The folder cannot be written.
         """
-        run_dir.mkdir(parents=True, exist_ok=True)
-        path = run_dir / FILE_NAME
-        _drop_lines(path, resume_from)
         self.last: dict[str, Any] = {}
         self._record: dict[str, Any] | None = None
         self._writer: SummaryWriter | None = None
+        self._file: TextIO | None = None
+        if run_dir is None:
+            return
+        run_dir.mkdir(parents=True, exist_ok=True)
+        path = run_dir / FILE_NAME
+        _drop_lines(path, resume_from)
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -73,7 +77,8 @@ class Metrics:
         self.close()
 
     def close(self) -> None:
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
         if self._writer is not None:
             self._writer.close()
 
@@ -114,8 +119,9 @@ class Metrics:
             if isinstance(value, float) and not math.isfinite(value):
                 logger.warning("step %d: %s is %s; written as null", record["step"], name, value)
                 record[name] = None
-        self._file.write(json.dumps(record, allow_nan=False) + "\n")
-        self._file.flush()
+        if self._file is not None:
+            self._file.write(json.dumps(record, allow_nan=False) + "\n")
+            self._file.flush()
         if self._writer is not None:
             for name, value in record.items():
                 if value is not None and name != "step":

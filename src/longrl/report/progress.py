@@ -40,7 +40,9 @@ class Progress:
         progress.update(metrics.last)
     """
 
-    def __init__(self, title: str, total_steps: int, log_every: int = 10, console: Console | None = None) -> None:
+    def __init__(
+        self, title: str, total_steps: int, log_every: int = 10, console: Console | None = None, shown: bool = True
+    ) -> None:
         """Nothing is shown before the context is entered.
 
         Args:
@@ -48,11 +50,13 @@ class Progress:
             total_steps: The last step's number.
             log_every: Steps between log lines where there is no terminal.
             console: Where to draw; the standard error stream by default.
+            shown: False: nothing is, another rank shows the run.
         """
-        self.title, self.total_steps, self.log_every = title, total_steps, log_every
+        self.title, self.total_steps, self.log_every, self.shown = title, total_steps, log_every, shown
         console = console or Console(stderr=True)
         self._history: deque[Mapping[str, Any]] = deque(maxlen=_HISTORY)
-        self._live = Live(console=console, refresh_per_second=4, transient=False) if console.is_terminal else None
+        live = shown and console.is_terminal
+        self._live = Live(console=console, refresh_per_second=4, transient=False) if live else None
 
     def __enter__(self) -> Progress:
         if self._live is not None:
@@ -74,7 +78,7 @@ class Progress:
         self._history.append(record)
         if self._live is not None:
             self._live.update(self._table())
-        elif record["step"] % self.log_every == 0 or record["step"] == self.total_steps:
+        elif self.shown and (record["step"] % self.log_every == 0 or record["step"] == self.total_steps):
             logger.info("%s", self._line())
 
     def _line(self) -> str:

@@ -45,7 +45,7 @@ class NativeEngine:
             shared = [prompts[i] for i in members]
             with self.time("prefill"):
                 prefix = self.policy.prefix(shared)
-            with self.time("decode"):
+            with self.time("decode"), self.policy.gathered():
                 rollouts = self._decode_in_turns(prefix, shared, [seeds[i] for i in members])
             groups = tuple(
                 Group(id=examples[i].id, example=examples[i], prompt=prompts[i], rollouts=tuple(group))
@@ -62,7 +62,7 @@ class NativeEngine:
     @torch.no_grad()
     def _decode(self, prefix: Prefix, prompts: Sequence[Prompt], seeds: Sequence[int]) -> list[list[Rollout]]:
         size, limit = self.config.group_size, self.config.max_new_tokens
-        trunk, stop = self.policy.trunk, torch.tensor(sorted(self.policy.family.stop_ids))
+        trunk, sp, stop = self.policy.trunk, self.policy.trunk.sp, torch.tensor(sorted(self.policy.family.stop_ids))
         noise = torch.stack([_uniform(seed, g, limit) for seed in seeds for g in range(size)])
         streams = [prompt for prompt in prompts for _ in range(size)]
         own, hidden = self._prefill(prefix, streams, limit)
@@ -75,6 +75,8 @@ class NativeEngine:
         for t in range(limit):
             logp = torch.log_softmax(trunk("logits", hidden, self.config.temperature or 1.0), -1)
             drawn = _draw(logp, noise[rows, t]) if self.config.temperature else logp.argmax(-1)
+            if sp is not None:
+                drawn = sp.broadcast(drawn)  # equal kernels are no promise of equal draws; stops follow from them
             going = lengths[rows] == limit
             tokens[rows, t] = drawn
             logprobs[rows, t] = logp.gather(-1, drawn[:, None])[:, 0].double()
@@ -87,6 +89,8 @@ class NativeEngine:
                 rows, drawn = rows[going], drawn[going]
             position_ids = (next_position[rows] + t).expand(axes, -1)[..., None]
             hidden = trunk("decode", prefix, own, drawn[:, None], position_ids)
+        if sp is not None:
+            logprobs = sp.broadcast(logprobs)  # nor of equal log-probs, and a run that stops must stop on all ranks
         done = [
             self._make_rollout(tokens[n, :r].tolist(), logprobs[n, :r].tolist()) for n, r in enumerate(lengths.tolist())
         ]

@@ -1,0 +1,79 @@
+"""Weights shared out to the ranks that share a prompt (FSDP2), with gradients and optimizer state; to nobody else.
+
+A Block and the Trunk's own parts are gathered for each pass and dropped after it. Sharded over sp alone, because its
+ranks make the same passes and data-parallel ranks do not: those add up their shards' gradients once a step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from longrl.parallel.sequence import SequenceGroup
+
+
+def shard(root: nn.Module, blocks: Iterable[nn.Module], sp: SequenceGroup) -> None:
+    """Called before an optimizer is made, because it replaces the parameters; those of `root` are its own, not the
+    blocks'."""
+    assert sp.group is not None
+    mesh = DeviceMesh.from_group(sp.group, next(root.parameters()).device.type, mesh_dim_names=("sp",))
+    for module in (*blocks, root):
+        sharded = fully_shard(module, mesh=mesh)
+        # gradients are summed, and divided once by the global count; both settings are of this module alone
+        sharded.set_gradient_divide_factor(1.0)
+        sharded.set_force_sum_reduction_for_comms(True)  # gloo cannot scale while it sums
+
+
+@contextmanager
+def gathered(root: nn.Module, blocks: Iterable[nn.Module]) -> Iterator[None]:
+    """Inside, for many passes without gradients, the weights are gathered once and stay."""
+    blocks = [block for block in blocks if isinstance(block, FSDPModule)]
+    for block in blocks:
+        block.set_reshard_after_forward(False)
+        block.unshard()
+    try:
+        yield
+    finally:
+        for block in blocks:
+            block.set_reshard_after_forward(True)
+        reshard(root)
+
+
+def reshard(root: nn.Module) -> None:
+    """Before the weights are changed or saved: a module that is still gathered would go on with what it has."""
+    for module in root.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def local(x: Tensor) -> Tensor:
+    """What this rank holds of a tensor, sharing its memory."""
+    return x.to_local() if isinstance(x, DTensor) else x
+
+
+def like(x: Tensor, parameter: Tensor) -> Tensor:
+    """Of a whole tensor what this rank holds of the parameter that it belongs to; a scalar stays."""
+    if not isinstance(parameter, DTensor) or x.shape != parameter.shape:
+        return x
+    return distribute_tensor(x, parameter.device_mesh, parameter.placements, src_data_rank=None)
+
+
+def whole(tensors: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
+    """Sharded tensors in full, on the CPU, gathered one after the other; every rank of their group calls it.
+
+    Args:
+        tensors: by name; what is there twice (tied weights) comes out as one.
+        keep: False: this rank only takes part, and gets nothing.
+    """
+    full: dict[int, Tensor] = {}
+    for tensor in tensors.values():
+        if id(tensor) not in full:
+            in_full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+            full[id(tensor)] = in_full.detach().cpu() if keep else torch.empty(0)
+    return {name: full[id(tensor)] for name, tensor in tensors.items()} if keep else {}

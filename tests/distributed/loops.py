@@ -1,0 +1,240 @@
+"""What each process of the tests of the loops does: every run on every layout of up to four ranks, in one start.
+
+The same functions on `ALONE` are the slow twin: one process, the same configuration.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import pickle
+import time
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from longrl import train_rl as train_rl_module
+from longrl import train_sft as train_sft_module
+from longrl.config import EvalRunConfig, RlConfig, RolloutConfig, SftConfig
+from longrl.evals.runner import run_eval
+from longrl.parallel.ranks import Ranks, make_ranks
+from longrl.parallel.shard import local
+from longrl.policy import Policy
+from longrl.rollout.native import NativeEngine
+from longrl.train_rl import train_rl
+from longrl.train_sft import train_sft
+from longrl.training import Training
+from longrl.types import Example, Prefix, Prompt, Rollout
+from tests.distributed.ranks import CASES, make_family, make_prompts
+
+TIMEOUT = timedelta(seconds=60)
+
+
+@dataclass(frozen=True)
+class Layout:
+    dp: int
+    sp: int
+    shard: bool = False
+
+    def __str__(self) -> str:
+        return f"dp {self.dp}, sp {self.sp}" + (", sharded" if self.shard else "")
+
+
+LAYOUTS = [Layout(2, 1), Layout(1, 2), Layout(2, 2), Layout(1, 2, True), Layout(2, 2, True)]
+
+JOBS: dict[str, dict[str, Any]] = {
+    "recorded": {"kind": "rl", "steps": 10, "algo": {"max_logprob_diff": 1e9}},  # a test is to say what is wrong
+    "live": {
+        "kind": "rl",
+        "steps": 4,
+        "model": {"dtype": "float64", "recompute": True},
+        "algo": {"kl": "k3", "kl_coef": 0.1, "normalise": "sequence"},
+        "eval_every_steps": 2,
+        "eval": {"samples": 2},
+        "checkpoint": {"every_steps": 2, "keep": 9},
+    },
+    "resumed": {"kind": "rl", "steps": 4, "model": {"dtype": "float64"}, "checkpoint": {"every_steps": 1}},
+    "sft": {"kind": "sft", "steps": 4, "model": {"dtype": "float64"}},
+    "eval": {"kind": "eval", "model": {"dtype": "float64"}, "eval": {"samples": 2}},
+}
+"""What is changed in `base`. `live` draws its own responses; `recorded` gets those that one process drew."""
+
+
+def base(job: str, folder: Path, rows: dict[str, str]) -> dict[str, Any]:
+    """A run's configuration; rows: train, eval, sft -> JSONL file."""
+    changes = JOBS[job]
+    kind = changes["kind"]
+    settings: dict[str, Any] = {
+        "run_dir": str(folder / job),
+        "model": {"path": "tiny:qwen2_5_vl", **changes.get("model", {})},
+        "data": {
+            "train": rows["sft" if kind == "sft" else "train"],
+            "eval": rows["eval"],
+            "on_error": "skip",
+            "share_media": 3,
+        },
+        "cache": {"dir": str(folder / "cache")},
+        "runtime": {"tensorboard": False, "threads": 1},
+    }
+    if kind != "eval":
+        settings |= {"prompts_per_step": 4, "optim": {"lr": 1e-3}}
+    if kind != "sft":
+        settings["rollout"] = {"group_size": 4, "max_new_tokens": 6}
+        settings["rewards"] = {"tests.e2e.rewards:first_token_even": 1.0}
+    return settings | {name: value for name, value in changes.items() if name != "model"}
+
+
+RESUMED = {"alone": 1, "dp 2, sp 2, sharded": 2, "dp 1, sp 2": 3, "alone again": 4}
+"""Which layouts take `resumed` up one after the other, and the step after which each is stopped."""
+
+
+class StopError(Exception):
+    """Ends a run as a crash would."""
+
+
+class Engine(NativeEngine):
+    """Notes what it draws, by seed; hands out what was recorded instead, where there is something."""
+
+    drawn: ClassVar[dict[int, list[Rollout]]] = {}
+    recorded: ClassVar[dict[int, list[Rollout]]] = {}
+
+    def _decode_in_turns(self, prefix: Prefix, prompts: Sequence[Prompt], seeds: Sequence[int]) -> list[list[Rollout]]:
+        groups = (
+            [self.recorded[s] for s in seeds] if self.recorded else super()._decode_in_turns(prefix, prompts, seeds)
+        )
+        self.drawn.update(zip(seeds, groups, strict=True))
+        return groups
+
+
+class Kept(Training):
+    """Notes what each step gave this rank to do, and is found after the run."""
+
+    last: ClassVar[Kept]
+    stop_after: ClassVar[int] = 99
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        Kept.last, self.shares = self, []
+
+    def draw(self, examples: Any, step: int) -> Any:
+        if step > self.stop_after:
+            raise StopError
+        batch = super().draw(examples, step)
+        self.shares.append([example.id for example in batch.examples])
+        return batch
+
+
+def watch() -> None:
+    train_rl_module.NativeEngine, train_rl_module.Training, train_sft_module.Training = Engine, Kept, Kept  # pyright: ignore
+
+
+def run_job(job: str, folder: Path, rows: dict[str, str], ranks: Ranks, layout: Layout) -> dict[str, Any]:
+    """One run, and what this rank knows after it."""
+    parallel = {"sp": layout.sp, "shard": layout.shard}
+    settings = base(job, folder, rows) | {"parallel": parallel}
+    recording = folder.parent / "recorded.pickle"
+    Engine.drawn, Engine.recorded = {}, {}
+    if job == "recorded" and recording.exists():
+        Engine.recorded = pickle.loads(recording.read_bytes())
+    if settings["kind"] == "eval":
+        return {"result": run_eval(EvalRunConfig.model_validate(settings), ranks)}
+    if settings["kind"] == "sft":
+        model = train_sft(SftConfig.model_validate(settings), ranks)
+    else:
+        model = train_rl(RlConfig.model_validate(settings), ranks)
+    return {"model": str(model), "drawn": Engine.drawn, "shares": Kept.last.shares, "digest": digest(Kept.last)}
+
+
+def digest(training: Training) -> str:
+    """Of all weights that a rank has: equal on ranks that have the same bits."""
+    found = hashlib.sha256()
+    for parameter in training.policy.trunk.parameters():
+        full = getattr(parameter, "full_tensor", lambda p=parameter: p)()
+        found.update(full.detach().contiguous().view(torch.uint8).numpy())
+    return found.hexdigest()
+
+
+def resume(name: str, folder: Path, rows: dict[str, str], ranks: Ranks, layout: Layout) -> None:
+    """Takes `resumed` up for one step."""
+    Kept.stop_after = RESUMED[name]
+    with suppress(StopError):
+        run_job("resumed", folder / "resumed", rows, ranks, layout)
+    Kept.stop_after = 99
+
+
+class Messages(TorchDispatchMode):
+    """Counts messages by their operation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kinds: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.kinds[func._schema.name] += func.namespace == "c10d"
+        return func(*args, **(kwargs or {}))
+
+
+def held(ranks: Ranks) -> dict[str, Any]:
+    """What a rank holds of sharded weights, and how often they are gathered: (decoded tokens, passes) -> times."""
+    assert ranks.sp is not None
+    policy = Policy(make_family(None, 2, torch.float32), sp=ranks.sp, sharded=True)
+    parameters = list(policy.trunk.parameters())
+    case = CASES["twin"]
+    prompts = make_prompts(policy.family, case)  # pyright: ignore
+    examples = [Example(id=str(i), messages=(), answer=None, kind="open") for i in range(len(prompts))]
+    gathers = {}
+    for tokens in (3, 3, 9):  # once to begin with
+        engine = NativeEngine(policy, RolloutConfig(group_size=2, max_new_tokens=tokens))
+        with torch.no_grad(), Messages() as messages:
+            [(_, prefix)] = engine.rollout(examples, prompts, range(len(prompts)))
+        prefix.release()
+        gathers[tokens] = messages.kinds["c10d::_allgather_base_"]
+    return {
+        "elements": (sum(local(p).numel() for p in parameters), sum(p.numel() for p in parameters)),
+        "gathers": gathers,
+        "blocks": len(policy.trunk.blocks),
+    }
+
+
+def missing(ranks: Ranks) -> tuple[str, float]:
+    """What a rank of several hears, and after how many seconds, when the last one does not come."""
+    if ranks.rank == ranks.size - 1:
+        time.sleep(2.5)
+        return "", 0.0
+    began = time.perf_counter()
+    try:
+        ranks.gather(None)
+    except RuntimeError as error:
+        return str(error), time.perf_counter() - began
+    return "nothing", 0.0
+
+
+def run(rank: int, size: int, folder: str, rows: dict[str, str]) -> None:
+    """The process of one rank: writes what it found to FOLDER/RANK.pickle."""
+    torch.set_num_threads(1)
+    store = dist.FileStore(f"{folder}/store", size)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=TIMEOUT)
+    watch()
+    found: dict[Any, Any] = {}
+    for layout in LAYOUTS:
+        ranks = make_ranks(layout.dp * layout.sp, layout.sp, TIMEOUT)
+        if rank < layout.dp * layout.sp:
+            for job in (job for job in JOBS if job != "resumed"):
+                began = time.perf_counter()
+                found[job, layout] = run_job(job, Path(folder, str(layout)), rows, ranks, layout)
+                found[job, layout]["seconds"] = time.perf_counter() - began
+    for name in list(RESUMED)[1:3]:
+        layout = next(layout for layout in LAYOUTS if str(layout) == name)
+        ranks = make_ranks(layout.dp * layout.sp, layout.sp, TIMEOUT)
+        if rank < layout.dp * layout.sp:
+            resume(name, Path(folder), rows, ranks, layout)
+    found["held"] = held(make_ranks(size, 2, TIMEOUT))
+    found["missing"] = missing(make_ranks(size, 1, timedelta(seconds=1)))
+    Path(folder, f"{rank}.pickle").write_bytes(pickle.dumps(found))

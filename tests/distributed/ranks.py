@@ -1,0 +1,266 @@
+"""What each process of the sequence-parallel tests does: every case in groups of 4, 2 and 1 ranks, in one start.
+
+The same functions without a group are the slow twin: one process, the same weights.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoModelForImageTextToText
+
+from longrl import policy as policy_module
+from longrl.config import RolloutConfig
+from longrl.models.qwen_vl import Qwen25VL
+from longrl.models.streams import make_streams
+from longrl.parallel.gradients import sum_gradients
+from longrl.parallel.sequence import SequenceGroup
+from longrl.policy import Policy
+from longrl.rollout.native import NativeEngine
+from longrl.types import Example, MediaEmbeds, Prompt
+
+SIZES = (4, 2, 1)
+HEAD_DIM, LAYERS = 16, 2
+ENGINE_SEEDS = [11, 12]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """Prompts of one cohort, their responses, and a model."""
+
+    heads: int | None
+    """Of HEAD_DIM each; None: the tiny twin as it is (4 heads, 2 KV heads of 32; 4 layers)."""
+    kv_heads: int = 2
+    dtype: torch.dtype = torch.float64
+    layout: tuple[int, ...]
+    """Tokens in turn: text, media, text, media, ..."""
+    questions: tuple[int, ...]
+    """Tokens of each question after that."""
+    responses: tuple[int, ...]
+    """Tokens of each response to each question."""
+    recompute: bool = False
+    stream_tokens: int = 8192
+
+
+CASES = {
+    "twin": Case(heads=None, layout=(3, 28, 2), questions=(4, 6, 1), responses=(7, 3)),
+    "twin, fp32, recomputed": Case(
+        heads=None, dtype=torch.float32, layout=(3, 28, 2), questions=(4, 6, 1), responses=(7, 3), recompute=True
+    ),
+    "1 KV head, 3 query heads, media first": Case(
+        heads=3, kv_heads=1, layout=(0, 21), questions=(3,), responses=(5, 9, 1)
+    ),
+    "2 KV heads, 6 query heads, 3 media, recomputed": Case(
+        heads=6, layout=(2, 9, 1, 5, 3, 12, 1), questions=(2, 5), responses=(4, 8), recompute=True
+    ),
+    "2 KV heads, 14 query heads, fp32, micro-batches": Case(
+        heads=14, dtype=torch.float32, layout=(5, 30), questions=(3,), responses=(4, 9, 1, 6, 2), stream_tokens=25
+    ),
+    "4 KV heads, 8 query heads, text": Case(heads=8, kv_heads=4, layout=(35,), questions=(4,), responses=(6, 2, 5)),
+    "4 KV heads, fp32, media to the last token but one": Case(
+        heads=4, kv_heads=4, dtype=torch.float32, layout=(1, 36), questions=(1, 1), responses=(3,)
+    ),
+    "labels on the last rank alone": Case(heads=8, kv_heads=4, layout=(2, 9), questions=(25, 24), responses=(2,)),
+    "one token to score": Case(heads=4, layout=(2, 9), questions=(1,), responses=(1,)),
+}
+
+
+@cache
+def _twin(dtype: torch.dtype) -> Qwen25VL:
+    return Qwen25VL.tiny(0, dtype)
+
+
+def make_family(heads: int | None, kv_heads: int, dtype: torch.dtype) -> Qwen25VL:
+    twin = _twin(dtype)
+    if heads is None:
+        return Qwen25VL(copy.deepcopy(twin.model), twin.tokenizer, {})
+    config: Any = copy.deepcopy(twin.model.config)
+    text = config.text_config
+    text.hidden_size, text.intermediate_size = heads * HEAD_DIM, heads * HEAD_DIM * 2
+    text.num_attention_heads, text.num_key_value_heads = heads, kv_heads
+    text.num_hidden_layers, text.layer_types = LAYERS, ["full_attention"] * LAYERS
+    text.rope_parameters = {"rope_type": "default", "rope_theta": 1e5, "mrope_section": [4, 2, 2]}
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        return Qwen25VL(AutoModelForImageTextToText.from_config(config, dtype=dtype), twin.tokenizer, {})
+
+
+def make_prompts(family: Qwen25VL, case: Case) -> list[Prompt]:
+    generator = torch.Generator().manual_seed(5)
+    width = family.model.config.get_text_config().hidden_size
+    media, slots, here = [], [], 0
+    for i, count in enumerate(case.layout):
+        if i % 2:
+            media.append(
+                MediaEmbeds(
+                    embeds=torch.randn(count, width, generator=generator) * 0.3,  # fp32: converted where it is used
+                    grid_thw=(count, 2, 2),
+                    seconds_per_grid=2.0,
+                    timestamps_s=torch.arange(2 * count, dtype=torch.float64),
+                    key=f"video {i}",
+                )
+            )
+            slots.append((here, here + count))
+        here += count
+    shared = torch.randint(0, 500, (here,), generator=generator)
+    prompts = []
+    for count in case.questions:
+        ids = torch.cat([shared, torch.randint(0, 500, (count,), generator=generator)])
+        positions = family.positions(len(ids), tuple(media), slots)
+        prompts.append(Prompt(token_ids=ids, position_ids=positions, media=tuple(media), media_slots=tuple(slots)))
+    return prompts
+
+
+def train(case: Case, sp: SequenceGroup | None) -> dict[str, Any]:
+    """One cohort's backward. The loss mixes all tokens of a response, so a rank needs the others' log-probs."""
+    policy_module.STREAM_TOKENS = case.stream_tokens
+    family = make_family(case.heads, case.kv_heads, case.dtype)
+    policy = Policy(family, recompute=case.recompute, sp=sp)
+    prompts = make_prompts(family, case)
+    generator = torch.Generator().manual_seed(3)
+    rows = [prompt for prompt in prompts for _ in case.responses]
+    responses = [torch.randint(0, 500, (n,), generator=generator).tolist() for n in case.responses * len(prompts)]
+    weights = torch.linspace(-1, 1.5, len(rows), dtype=case.dtype)
+    seen = []
+
+    def loss(logprobs, entropy, part):
+        seen.append((logprobs.detach(), entropy))
+        total = logprobs.sum(1)
+        return (weights[part] * total + 0.02 * total**2).sum()
+
+    prefix = policy.prefix(prompts)
+    shapes, length = [tuple(x.shape) for x in prefix.keys + prefix.values], prefix.length
+    streams = make_streams(rows, responses, length)
+    policy.backward(prefix, streams, loss)
+    if sp is not None:
+        sum_gradients(policy.trunk.parameters(), sp.group, bucket=50_000)
+    return {
+        "logprobs": torch.cat([x for x, _ in seen]),
+        "entropy": torch.cat([x for _, x in seen]),
+        "gradients": {n: p.grad for n, p in policy.trunk.named_parameters() if p.grad is not None},
+        "shapes": shapes,
+        "length": length,
+        "stream_shape": tuple(streams.mask.shape),
+    }
+
+
+DECODE = Case(heads=6, layout=(3, 30, 2), questions=(4, 7), responses=())
+
+
+def decode(temperature: float, sp: SequenceGroup | None) -> dict[str, Any]:
+    """Rollouts of two questions. Ranks other than the first get other noise, which must not matter."""
+    family = make_family(DECODE.heads, DECODE.kv_heads, DECODE.dtype)
+    # at temperature 0 none stops, so that the test can count messages; otherwise every eighth token does
+    family.model.generation_config.eos_token_id = list(range(0, 512, 8)) if temperature else [-1]
+    prompts = make_prompts(family, DECODE)
+    examples = [Example(id=f"q{i}", messages=(), answer=None, kind="open") for i in range(len(prompts))]
+    engine = NativeEngine(
+        Policy(family, sp=sp), RolloutConfig(group_size=4, max_new_tokens=12, temperature=temperature)
+    )
+    seeds = [seed + (0 if sp is None else sp.rank) for seed in ENGINE_SEEDS]
+    with torch.no_grad():
+        [(groups, _)] = engine.rollout(examples, prompts, seeds)
+    return {"rollouts": [one for group in groups for one in group.rollouts]}
+
+
+LONG = Case(heads=8, kv_heads=4, layout=(7, 111, 3, 81), questions=(2,), responses=())
+
+
+class Largest(TorchDispatchMode):
+    """Notes the largest tensor of the model's width that any operation makes; views of another are not made."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.width, self.rows = width, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        made = isinstance(out, torch.Tensor) and func._schema.returns[0].alias_info is None
+        if made and out.is_floating_point() and out.ndim and out.shape[-1] == self.width:
+            self.rows = max(self.rows, out.numel() // self.width)
+        return out
+
+
+def hold(sp: SequenceGroup | None) -> dict[str, Any]:
+    """How much of a prefix a rank holds: the most rows of hidden states at once, and all that is kept for backward."""
+    family = make_family(LONG.heads, LONG.kv_heads, LONG.dtype)
+    policy, [prompt] = Policy(family, sp=sp), make_prompts(family, LONG)
+    parameters = {p.untyped_storage().data_ptr() for p in family.model.parameters()}
+    kept: dict[int, int] = {}
+
+    def keep(x: torch.Tensor) -> torch.Tensor:
+        storage = x.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x), Largest(LONG.heads * HEAD_DIM) as largest:
+        prefix = policy.prefix([prompt])
+    kv_bytes = sum(x.numel() * x.element_size() for x in prefix.keys + prefix.values)
+    return {"rows": largest.rows, "kept": sum(kept.values()), "kv_bytes": kv_bytes, "length": prefix.length}
+
+
+def refuse(sp: SequenceGroup) -> dict[str, Any]:
+    """What is refused on a rank, and how tokens are split."""
+    too_short = Prompt(
+        token_ids=torch.arange(sp.size), position_ids=torch.arange(sp.size).expand(3, -1), media=(), media_slots=()
+    )
+    policy = Policy(make_family(4, 2, torch.float32), sp=sp)
+    return {
+        "short": _message(lambda: policy.prefix([too_short])),
+        "heads": _message(lambda: Policy(make_family(3, 3, torch.float32), sp=sp)),
+        "spans": {total: sp.span(total) for total in range(sp.size, 40)},
+    }
+
+
+def _message(call: Callable[[], object]) -> str | None:
+    try:
+        call()
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def summed(sp: SequenceGroup) -> dict[str, Any]:
+    """Parameters of a few elements, buckets of seven: one has a gradient on the first rank alone, one nowhere."""
+    sizes = {"everywhere": (4, 5), "first": (3,), "nowhere": (2,), "frozen": (2,), "last": (9,)}
+    parameters = {name: torch.nn.Parameter(torch.zeros(size)) for name, size in sizes.items()}
+    parameters["frozen"].requires_grad_(False)
+    for name in ("everywhere", "last", *(["first"] if sp.rank == 0 else [])):
+        parameters[name].grad = torch.arange(parameters[name].numel()).float().view(sizes[name]) + sp.rank
+    sum_gradients(parameters.values(), sp.group, bucket=7)
+    return {"gradients": {name: p.grad for name, p in parameters.items()}}
+
+
+def run(rank: int, size: int, folder: str) -> None:
+    """The process of one rank: writes what it found to FOLDER/RANK.pt."""
+    torch.set_num_threads(1)
+    store = dist.FileStore(f"{folder}/store", size)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=60))
+    groups = {n: dist.new_group(list(range(n))) for n in SIZES}
+    jobs: dict[str, Callable[[SequenceGroup], dict[str, Any]]] = {
+        **{name: lambda sp, case=case: train(case, sp) for name, case in CASES.items()},
+        "decode 0.9": lambda sp: decode(0.9, sp),
+        "decode 0": lambda sp: decode(0.0, sp),
+        "hold": hold,
+        "refuse": refuse,
+        "sum": summed,
+    }
+    found = {}
+    for n in SIZES:
+        if rank < n:
+            for name, job in jobs.items():
+                sp = SequenceGroup(groups[n])
+                found[name, n] = {**job(sp), "bytes": dict(sp.bytes_sent)}
+    torch.save(found, Path(folder) / f"{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()

@@ -1,0 +1,105 @@
+"""`longrl` under torchrun, as a user starts it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from longrl.config import ParallelConfig, RlConfig
+from longrl.config_files import load_config, save_config
+from longrl.parallel.layout import balanced, require_world
+from longrl.parallel.ranks import ALONE, start_ranks
+from longrl.report.metrics import read_metrics
+from longrl.train_rl import train_rl
+from tests.distributed.test_loops import distance, farthest
+from tests.e2e.conftest import rl_config
+
+pytestmark = pytest.mark.distributed
+
+
+def torchrun(root: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """On two processes; `tests` can be imported there."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "longrl"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [*command, *map(str, arguments)], cwd=root, capture_output=True, text=True, timeout=120, env=environment
+    )
+
+
+def run_config(dataset, tmp_path: Path, run: str, **changes) -> RlConfig:
+    settings = {
+        "run_dir": str(tmp_path / run),
+        "steps": 4,
+        "model": {"path": "tiny:qwen2_5_vl", "dtype": "float64"},
+        "rewards": {"tests.e2e.rewards:first_token_even": 1.0},
+        "checkpoint": {"every_steps": 2},
+        "eval_every_steps": 2,
+        "eval": {"samples": 1},
+        "cache": {"dir": str(tmp_path / run / "cache")},
+    }
+    return rl_config(dataset, tmp_path, **{**settings, **changes})
+
+
+def test_a_run_under_torchrun_is_that_of_one_process_and_goes_on_in_one(dataset, tmp_path, root):
+    alone = run_config(dataset, tmp_path, "alone")
+    theirs = train_rl(alone)
+    config = run_config(dataset, tmp_path, "run", parallel={"sp": 2, "shard": True})
+    save_config(config, tmp_path / "run.yaml")
+    done = torchrun(root, "rl", tmp_path / "run.yaml")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("rl 4/4: loss") == 1  # one rank speaks
+    run = tmp_path / "run"
+    assert load_config([run / "config.yaml"]) == config
+    ours = run / "checkpoints" / "step_000004" / "model"
+    assert farthest(read_metrics(run / "metrics.jsonl"), read_metrics(tmp_path / "alone" / "metrics.jsonl")) < 1e-9
+    assert distance(str(ours), str(theirs))[1] < 1e-9
+
+    shutil.rmtree(run / "checkpoints" / "step_000004")
+    assert train_rl(config.model_copy(update={"parallel": ParallelConfig()})) == ours
+    lines = [read_metrics(folder / "metrics.jsonl") for folder in (run, tmp_path / "alone")]
+    for line in (*lines[0], *lines[1]):
+        del line["cache/hit_rate"]  # of each process
+    assert farthest(*lines) < 1e-9
+    assert distance(str(ours), str(theirs))[1] < 1e-9
+
+
+def test_a_rank_that_fails_ends_the_run_and_only_its_own_line_says_why(dataset, tmp_path, root):
+    config = run_config(dataset, tmp_path, "run", algo={"loss": "tests.distributed.losses:broken_on_rank_1"})
+    save_config(config, tmp_path / "run.yaml")
+    done = torchrun(root, "rl", tmp_path / "run.yaml")
+    assert done.returncode == 1  # torchrun's own; it prints the rank's
+    lines = [line for line in done.stderr.splitlines() if line.startswith("longrl:")]
+    assert [line for line in lines if "error" in line] == ["longrl: rank 1: error: the loss of rank 1 is broken"]
+    cause = done.stderr.partition("Root Cause")[2]
+    assert "rank      : 1 " in cause
+    assert "exitcode  : 2 " in cause
+
+
+@pytest.mark.parametrize(("size", "sp", "why"), [(1, 2, "1 = 0 x 2 + 1"), (6, 4, "6 = 1 x 4 + 2")])
+def test_wrong_numbers_of_processes_are_refused(size, sp, why):
+    with pytest.raises(ValueError, match="start a multiple of") as refusal:
+        require_world(size, sp)
+    assert why in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+
+
+def test_one_process_needs_no_process_group(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    with start_ranks(ParallelConfig()) as ranks:
+        assert ranks is ALONE
+    with (
+        pytest.raises(ValueError, match=r"parallel\.sp is 2, but there is 1 process"),
+        start_ranks(ParallelConfig(sp=2)),
+    ):
+        pass
+
+
+def test_work_is_dealt_out_evenly():
+    assert balanced([5, 1, 4, 2, 3], 2) == [[0, 1, 3], [2, 4]]
+    assert balanced([3, 9], 4) == [[1], [0], [], []]
+    assert balanced([], 2) == [[], []]
