@@ -196,6 +196,14 @@ class Prefix:
         keys, values = ([x.detach().requires_grad_() for x in xs] for xs in (self.keys, self.values))
         return Prefix(keys, values, self.length, self.policy_version)
 
+    def wide(self) -> Prefix:
+        """Detached, for decoding: on the CPU in fp64."""
+        keys, values = (
+            [x.detach().double() if x.device.type == "cpu" else x.detach() for x in xs]
+            for xs in (self.keys, self.values)
+        )
+        return Prefix(keys, values, self.length, self.policy_version)
+
     def release(self) -> None:
         self.keys, self.values = [], []
 

@@ -61,7 +61,7 @@ class NativeEngine:
 
     @torch.no_grad()
     def _decode(self, prefix: Prefix, prompts: Sequence[Prompt], seeds: Sequence[int]) -> list[list[Rollout]]:
-        size, limit = self.config.group_size, self.config.max_new_tokens
+        size, limit, prefix = self.config.group_size, self.config.max_new_tokens, prefix.wide()
         trunk, sp, stop = self.policy.trunk, self.policy.trunk.sp, torch.tensor(sorted(self.policy.family.stop_ids))
         noise = torch.stack([_uniform(seed, g, limit) for seed in seeds for g in range(size)])
         streams = [prompt for prompt in prompts for _ in range(size)]
