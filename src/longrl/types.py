@@ -197,11 +197,12 @@ class Prefix:
         return Prefix(keys, values, self.length, self.policy_version)
 
     def wide(self) -> Prefix:
-        """Detached, for decoding: on the CPU in fp64."""
-        keys, values = (
-            [x.detach().double() if x.device.type == "cpu" else x.detach() for x in xs]
-            for xs in (self.keys, self.values)
-        )
+        """Detached, for decoding: on the CPU in fp64 (parallel/attend.py says why)."""
+
+        def widened(x: Tensor) -> Tensor:
+            return x.detach().double() if x.device.type == "cpu" else x.detach()
+
+        keys, values = ([widened(x) for x in xs] for xs in (self.keys, self.values))
         return Prefix(keys, values, self.length, self.policy_version)
 
     def release(self) -> None:
