@@ -19,8 +19,9 @@ def headline_html(run: RunFiles) -> str:
         return title + run.missing("summary.json")
     lead = (
         '<p class="lead">Questions about real video files, answered before and after supervised fine-tuning on '
-        "chains of thought (SFT) and after reinforcement learning (RL). Test videos were never trained on. Accuracies "
-        "here are of four-option questions, where a guess scores 25%; &plusmn; is one standard error.</p>"
+        "chains of thought (SFT) and after reinforcement learning (RL). Half of the demonstrations guess without "
+        "looking, on purpose: SFT learns that too, and RL must find out what pays. Test videos were never trained on. "
+        "Accuracies here are of four-option questions, where a guess scores 25%; &plusmn; is one standard error.</p>"
     )
     return f"{title}{lead}{_stage_cards(run)}{_checks(run)}{_facts(summary)}"
 
