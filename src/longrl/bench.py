@@ -1,10 +1,13 @@
-"""`longrl bench step`: one GRPO step of one prompt along several paths, with the same weights, samples and kernels.
+"""`longrl bench step`: one GRPO step of one prompt along several paths, with the same weights and samples.
 
 plain    prefill and decode; then every response is a sequence of its own, once for its old log-probs and once in
          the update: what most stacks do, at the micro-batch that is fastest here
 shared   prefill and decode; then the prompt once for all old log-probs and once in the update
 fused    the prompt once: the prefill is the update's prefix forward, and its log-probs are the old ones
 stock    not a path of ours: stock transformers (SDPA) in the place of the passes of plain
+
+Attention to a shared prefix is summed in fp64 on the CPU (parallel/attend.py), all else is fp32: the separate sequences
+of plain have the cheaper kernel.
 """
 
 from __future__ import annotations
@@ -75,11 +78,14 @@ def bench_step(work: Work, repeats: int, threads: int | None, as_json: bool) -> 
                 seconds[run] = min(seconds[run], time.perf_counter() - began)
             else:
                 gradients[run] = step.gradients(run[0])
-            step.model.zero_grad(), step.stock_model.zero_grad()
+            step.model.zero_grad()
+            step.stock_model.zero_grad()
     rate = _matmul_rate()
     fastest = {path: min((k for k in runs if k[0] == path), key=seconds.__getitem__) for path, _ in runs}
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), max_tasks_per_child=1) as pool:
-        peaks = {run: pool.submit(_peak_bytes, work, *run).result() for run in fastest.values()}
+        peaks = {
+            run: pool.submit(_peak_bytes, work, torch.get_num_threads(), *run).result() for run in fastest.values()
+        }
     found = [
         Measured(
             path=path,
@@ -102,7 +108,6 @@ class _Body:
     stop_ids = frozenset({-1})  # every response has its full length
 
     def __init__(self, attention: str) -> None:
-        torch.manual_seed(0)
         config = Qwen2Config(
             vocab_size=1024,
             hidden_size=256,
@@ -113,7 +118,10 @@ class _Body:
             max_position_embeddings=1 << 20,
             tie_word_embeddings=False,
         )
-        self.model, self.tokenizer = Qwen2ForCausalLM(config), self
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.model = Qwen2ForCausalLM(config)
+        self.tokenizer = self
         self.model.set_attn_implementation(attention)
 
     def decode(self, *_: Any, **__: Any) -> str:
@@ -244,8 +252,9 @@ def _matmul_rate() -> float:
     return 2 * 2048 * 256 * 1024 / best
 
 
-def _peak_bytes(work: Work, path: str, micro_batch: int | None) -> int | None:
+def _peak_bytes(work: Work, threads: int, path: str, micro_batch: int | None) -> int | None:
     """In a process of its own: resident memory that the step needs above what was there before it."""
+    torch.set_num_threads(threads)
     step = _Step(work)
     try:
         Path("/proc/self/clear_refs").write_text("5")  # forgets the largest so far: what imports took

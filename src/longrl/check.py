@@ -64,7 +64,7 @@ def _report_warm_start(config: WarmStartConfig) -> Iterator[str]:
     typer.echo(f"{config.kind} into {config.out}")
     problem = _model_problem(config.model)
     _row("model", config.model, problem)
-    _row("steps", f"{config.look_steps} to look, {config.watch_steps} to watch")
+    _row("steps", f"{config.read_steps} to read, {config.look_steps} to look, {config.watch_steps} to watch")
     if problem:
         yield f"model: {problem}"
 

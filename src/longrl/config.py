@@ -274,9 +274,11 @@ class WarmStartConfig(Section):
     stories: Annotated[int, Field(ge=1)] = 3000
     read_steps: Annotated[int, Field(ge=0)] = 2000
     read_rows: Annotated[int, Field(ge=8)] = 24
+    """Rows of text in a step of the first stage. Steps of text in the others have half of them."""
     look_steps: Annotated[int, Field(ge=0)] = 1350
     look_windows: Annotated[int, Field(ge=1)] = 12
     look_lr: Annotated[float, Field(gt=0)] = 1e-3
+    """Of the first two stages."""
     mastered: Annotated[float, Field(gt=0, lt=1)] = 0.85
     """Share of right responses at which a stage goes on."""
     watch_steps: Annotated[int, Field(ge=0)] = 1400

@@ -199,6 +199,7 @@ def update(
             ref_prefix = reference.prefix([group.prompt for group in groups])
             assert ref_prefix.length == prefix.length
             ref_logprobs, _ = reference.logprobs(ref_prefix, streams, config.rollout.temperature)
+            reference.reshard()
     loss = _loss(rows, streams, ref_logprobs, config, totals)
     policy.backward(prefix, streams, loss, config.rollout.temperature)
 

@@ -196,15 +196,6 @@ class Prefix:
         keys, values = ([x.detach().requires_grad_() for x in xs] for xs in (self.keys, self.values))
         return Prefix(keys, values, self.length, self.policy_version)
 
-    def wide(self) -> Prefix:
-        """Detached, for decoding: on the CPU in fp64 (parallel/attend.py says why)."""
-
-        def widened(x: Tensor) -> Tensor:
-            return x.detach().double() if x.device.type == "cpu" else x.detach()
-
-        keys, values = ([widened(x) for x in xs] for xs in (self.keys, self.values))
-        return Prefix(keys, values, self.length, self.policy_version)
-
     def release(self) -> None:
         self.keys, self.values = [], []
 

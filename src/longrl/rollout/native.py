@@ -11,6 +11,7 @@ from torch import Tensor
 from longrl.config import RolloutConfig
 from longrl.models.own_kv import OwnKV
 from longrl.models.streams import cohorts
+from longrl.parallel.attend import widen
 from longrl.policy import Policy
 from longrl.types import Example, Group, Prefix, Prompt, Rollout
 
@@ -53,15 +54,18 @@ class NativeEngine:
             )
             yield groups, prefix
 
+    @torch.no_grad()
     def _decode_in_turns(self, prefix: Prefix, prompts: Sequence[Prompt], seeds: Sequence[int]) -> list[list[Rollout]]:
         """As many questions at a time as max_streams allows, but at least one."""
         size = max(1, self.config.max_streams // self.config.group_size)
+        keys, values = ([widen(x) for x in xs] for xs in (prefix.keys, prefix.values))
+        prefix = Prefix(keys, values, prefix.length, prefix.policy_version)
         turns = [slice(start, start + size) for start in range(0, len(prompts), size)]
         return [group for turn in turns for group in self._decode(prefix, prompts[turn], seeds[turn])]
 
     @torch.no_grad()
     def _decode(self, prefix: Prefix, prompts: Sequence[Prompt], seeds: Sequence[int]) -> list[list[Rollout]]:
-        size, limit, prefix = self.config.group_size, self.config.max_new_tokens, prefix.wide()
+        size, limit = self.config.group_size, self.config.max_new_tokens
         trunk, sp, stop = self.policy.trunk, self.policy.trunk.sp, torch.tensor(sorted(self.policy.family.stop_ids))
         noise = torch.stack([_uniform(seed, g, limit) for seed in seeds for g in range(size)])
         streams = [prompt for prompt in prompts for _ in range(size)]
