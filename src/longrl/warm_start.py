@@ -168,11 +168,9 @@ class _Trainer:
                 prefix = policy.prefix(prompts)
                 streams = make_streams(prompts, [self._ids(row.response) for row in rows], prefix.length)
 
-                def loss(
-                    logprobs: Tensor, entropy: Tensor, part: slice, rows=rows, kind="dense" if dense else "sparse"
-                ):
+                def loss(logprobs: Tensor, entropy: Tensor, part: slice, rows=rows, dense=dense) -> Tensor:
                     for row, logp in zip(rows[part], logprobs.detach(), strict=True):
-                        self.seen[f"{kind} {row.task}"].append(float(logp.sum().exp()))
+                        self.seen[f"{'dense' if dense else 'sparse'} {row.task}"].append(float(logp.sum().exp()))
                     return -logprobs.sum() / LOSS_SCALE
 
                 policy.backward(prefix, streams, loss)
