@@ -45,7 +45,7 @@ def check_command(config: AnyConfig) -> None:
             problems += _report_run(config)
     if problems:
         raise ValueError(f"the run cannot start: {'; '.join(problems)}")
-    typer.echo("ok: everything the run needs is there")
+    typer.echo("ok: the configuration is valid, and the model and files that it names exist")
 
 
 def require_model(config: ModelConfig, parallel: ParallelConfig | None = None) -> None:
@@ -145,9 +145,9 @@ def _evaluates(config: TrainConfig) -> bool:
 
 def _steps(loop: LoopConfig, rollout: RolloutConfig | None) -> str:
     if rollout is None:
-        return f"{loop.steps} of {loop.prompts_per_step} examples"
+        return f"{loop.steps}, each of {loop.prompts_per_step} examples"
     return (
-        f"{loop.steps} of {loop.prompts_per_step} prompts x {rollout.group_size} rollouts, "
+        f"{loop.steps}, each of {loop.prompts_per_step} prompts x {rollout.group_size} rollouts, "
         f"at most {rollout.max_new_tokens} tokens each"
     )
 

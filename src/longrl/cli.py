@@ -16,6 +16,10 @@ from longrl.config_files import load_arguments
 from longrl.errors import run_guarded
 from longrl.runtime import set_up_logging
 
+# Before torch is imported. Waiting threads that spin take a core from whoever has work: beside another program a run
+# took 150 times as long.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 app = typer.Typer(
     help="Reinforcement learning of vision-language models on long videos. Any command takes --traceback (or "
     "LONGRL_TRACEBACK=1 in the environment) to show where an error came from.",

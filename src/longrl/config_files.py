@@ -214,7 +214,8 @@ def _build(loader: _Loader, node: yaml.Node, source: Path | str, path: tuple[str
 def _explain(error: ValidationError, model: type[BaseModel], origins: Origins, sources: str) -> str:
     """The first problem, in one line, and how many more there are."""
     problems = error.errors(include_url=False)
-    first = problems[0]
+    # a misspelt key is also a missing one: the spelling is what to mend
+    first = next((problem for problem in problems if problem["type"] == "extra_forbidden"), problems[0])
     path = tuple(str(part) for part in first["loc"])
     key = ".".join(path)
     where = next((origins[path[:n]] for n in range(len(path), 0, -1) if path[:n] in origins), sources)

@@ -58,7 +58,7 @@ def test_check_summarises(longrl, base):
     assert done.returncode == 0
     assert done.stderr == ""
     assert "rl run into runs/x" in done.stdout
-    assert "10 of 8 prompts x 4 rollouts" in done.stdout
+    assert "10, each of 8 prompts x 4 rollouts" in done.stdout
 
 
 def test_check_names_all_that_is_missing(longrl, base):
@@ -76,7 +76,7 @@ def test_check_of_a_quickstart(longrl, tmp_path):
     )
     done = longrl("check", "q.yaml")
     assert done.returncode == 0
-    assert "3 of 8 prompts x 8 rollouts" in done.stdout
+    assert "3, each of 8 prompts x 8 rollouts" in done.stdout
     done = longrl("check", "q.yaml", "model.path=elsewhere")
     assert done.returncode == 2
     assert "model.path: elsewhere is not a Hugging Face folder" in done.stderr
