@@ -52,7 +52,7 @@ def test_logprobs_entropy_and_gradients_equal_one_process(found, name, size):
 @pytest.mark.parametrize("temperature", [0.9, 0.0])
 def test_decoding_draws_what_one_process_draws(found, temperature, size):
     theirs = ranks.decode(temperature, None)["rollouts"]
-    assert len({len(one.token_ids) for one in theirs}) > 3 or not temperature
+    assert len({len(one.token_ids) for one in theirs}) >= 3 or not temperature
     first = found[0][f"decode {temperature:g}", size]["rollouts"]
     for rank in range(size):
         ours = found[rank][f"decode {temperature:g}", size]["rollouts"]
