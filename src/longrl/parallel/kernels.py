@@ -1,4 +1,4 @@
-"""Attention to one segment of keys and values that also returns its log-sum-exp, and its backward: PyTorch's own kernels.
+"""Attention to one segment of keys and values that also returns its log-sum-exp, and its backward, by PyTorch.
 
     CPU                      flash
     CUDA, bf16 and fp16      flash (FlashAttention-2): KV heads that several query heads share are not expanded
