@@ -9,7 +9,6 @@ import copy
 import json
 import sys
 import weakref
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForImageTextToText
 
-from longrl.config import RolloutConfig
+from longrl.config import MemoryConfig, RolloutConfig
 from longrl.models.qwen_vl import Qwen25VL
 from longrl.models.streams import make_streams
 from longrl.plan.shapes import ModelShape, read_shape
@@ -65,12 +64,14 @@ class Step:
         config: Any = copy.deepcopy(twin.model.config)
         text = config.text_config
         text.hidden_size, text.intermediate_size, text.num_attention_heads = 256, 1024, 8
-        self.shape: ModelShape = replace(read_shape(config.to_dict()), vision=None)  # of text: no tower is counted
+        self.shape: ModelShape = read_shape(config.to_dict())
         torch.manual_seed(1)
         model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
         model.generation_config.eos_token_id = -1  # every response has its full length
-        self.work, self.prefixes = work, work.prefixes
-        self.policy = Policy(Qwen25VL(model, twin.tokenizer, {}), recompute=setup.recompute == "layer")
+        memory = MemoryConfig(
+            recompute=setup.recompute, offload=setup.offload, mlp_tile_tokens=setup.mlp_tile_tokens
+        )  # pyright: ignore[reportArgumentType]
+        self.policy = Policy(Qwen25VL(model, twin.tokenizer, {}), memory=memory)
         rollout = RolloutConfig(group_size=work.group_size, max_new_tokens=work.response_tokens)
         self.engine = NativeEngine(self.policy, rollout)
         self.examples = [Example(id=f"q{i}", messages=(), answer=None, kind="open") for i in range(work.prefixes)]
@@ -92,7 +93,7 @@ class Step:
         """Of the second step: with weights and the optimizer's state, which the first one makes."""
         live = LiveBytes()
         with live:
-            for parameter in self.policy.trunk.parameters():
+            for parameter in self.policy.family.model.parameters():
                 live.count(parameter)
             self()
             live.peak = 0

@@ -4,8 +4,8 @@ Checked against the tensors that are really alive: `tests/parity/test_plan_memor
 (D hidden, F inside the MLP, A = heads x head_dim and KV = kv_heads x head_dim as dealt to this rank, b bytes each):
 
     norm       2 D          normalised, weighted; and 4 / b D more where it is computed in fp32 from something else
-    attention  2 A + 2 KV   queries, keys, values and the output; one A more with Ulysses, whose output is kept in both
-                            layouts; 4 / b a head for the log-sum-exp
+    attention  2 A + 2 KV   queries, keys, values (a prefix's are its own anyway) and the output; one A more with Ulysses,
+                            whose output is kept in both layouts; 4 / b a head for the log-sum-exp
     layer      2 D          its input, and the sum after attention
     MLP        4 F          gate, its activation, up, their product; in the backward pass 2 F more
 """
@@ -45,30 +45,36 @@ class Tally:
 
     @property
     def saved(self) -> float:
-        """Elements of a token that one layer keeps for its backward, without its input."""
-        attention = 2 * self.a + 2 * self.kv + self.lse + (self.a if self.setup.sp > 1 else 0)
+        """Elements of a token that one layer keeps for its backward, without its input, keys, values and MLP."""
+        attention = 2 * self.a + self.lse + (self.a if self.setup.sp > 1 else 0)
         rope = 2 * self.shape.head_dim if self.shape.vision else 0
-        return 2 * self.norm + attention + self.shape.width + rope + 4 * self.shape.intermediate
+        return 2 * self.norm + attention + self.shape.width + rope
 
-    def tiled(self, tokens: int) -> int:
+    def saved_mlp(self, tokens: int) -> int:
+        """The same of its MLP, of all tokens; tiles keep nothing, they are run again."""
+        return 0 if self.tile(tokens) < tokens else 4 * self.shape.intermediate * tokens
+
+    def tile(self, tokens: int) -> int:
         return min(tokens, self.setup.mlp_tile_tokens or tokens)
 
-    def backward(self, tokens: int, saved: bool) -> float:
-        """Bytes while one layer is run backward, above its input and, if `saved`, above what it had saved."""
+    def again(self, tokens: int) -> float:
+        """Bytes that one layer keeps when it is run again for its backward, above its input."""
+        return self.b * (tokens * (self.saved + 2 * self.kv) + self.saved_mlp(tokens))
+
+    def backward(self, tokens: int) -> float:
+        """Bytes while one layer is run backward, above what it has kept: gradients, first of the MLP, then, when what
+        that had kept is gone, of the attention."""
         d, f = self.shape.width, self.shape.intermediate
-        of_mlp = self.tiled(tokens) * 6 * f
-        without_mlp = self.saved - 4 * f
-        expanded = 4 * self.a if self.device.is_cpu else 0
-        attention = tokens * (3 * self.a + expanded)
-        whole = tokens * (without_mlp + d) + max(of_mlp, attention)
-        if saved:
-            whole -= tokens * without_mlp + self.tiled(tokens) * 4 * f
-        return self.b * whole
+        of_mlp = self.tile(tokens) * 6 * f - self.saved_mlp(tokens)
+        expanded = 4 * self.a if self.device.is_cpu and self.heads > self.kv_heads else 0
+        of_attention = tokens * (2 * self.a + 2 * self.kv + expanded) - self.saved_mlp(tokens)
+        return self.b * (tokens * d + max(of_mlp, of_attention))
 
     def forward(self, tokens: int) -> float:
         """Bytes while one layer is run forward without keeping anything, above its input."""
         d, a = self.shape.width, self.a
-        mlp = tokens * 2 * d + self.tiled(tokens) * 3 * self.shape.intermediate
+        tiled = 2 * d if self.tile(tokens) < tokens else 0  # tiles, and all of them as one
+        mlp = tokens * (2 * d + tiled) + self.tile(tokens) * 3 * self.shape.intermediate
         attention = tokens * (d + 4 * a + 2 * self.kv + (2 * a if self.device.is_cpu else 0))
         return self.b * max(mlp, attention)
 
@@ -89,10 +95,10 @@ class Tally:
         setup, shape = self.setup, self.shape
         token = self.tokens * self.b
         if setup.recompute == "none":
-            # the last layer stops at its keys and values
-            last = shape.width + self.norm
-            saved = token * ((shape.layers - 1) * (shape.width + self.saved) + last) + self.rope
-            return {"saved activations": saved}, 0.0
+            # the last layer is left at its keys and values
+            layers, last = shape.layers - 1, shape.width + self.norm
+            whole = layers * (token * (shape.width + self.saved) + self.b * self.saved_mlp(self.tokens)) + token * last
+            return {"saved activations": whole + self.rope}, 0.0
         inputs = token * shape.width * shape.layers
         kept = {"layer inputs": inputs}
         if setup.offload:
@@ -142,10 +148,13 @@ class Tally:
         the layers have kept all that they keep; one layer is run backward when the logits are gone."""
         shape, tokens = self.shape, self.micro_batch
         row = tokens * self.b
+        layers, one = shape.layers * row * shape.width, self.backward(tokens)
         if self.setup.recompute == "none":
-            layers, one = shape.layers * row * (shape.width + self.saved), self.backward(tokens, saved=True)
+            layers += shape.layers * self.again(tokens)
         else:
-            layers, one = shape.layers * row * shape.width, self.backward(tokens, saved=False)
+            one += self.again(tokens)
+        if self.setup.recompute == "keep_attention":  # of both parts, as wide as they are summed
+            layers += shape.layers * row * 2 * (self.a + self.lse) * self.wide / self.b
         one += row * (12 if self.device.is_cpu else 4) * self.a  # folded and unfolded, two partial results
         # the gradients of one layer's keys and values before they are added up; on the CPU those are widened before
         one += self.prefix_kv / shape.layers * (self.wide / self.b)
@@ -189,7 +198,7 @@ def plan_memory(shape: ModelShape, work: Work, setup: Setup, device: Device) -> 
         grads = {"prefix gKV": t.prefix_kv}
         several = t.micro_batch * setup.sp < work.suffix_tokens
         phases["suffix"] = here | (grads if several else {}) | t.suffix() | t.gathered(2) | t.reduced()
-        one = {"one layer": t.backward(t.tokens, saved=setup.recompute == "none") + t.rope}
+        one = {"one layer": t.backward(t.tokens) + (0 if setup.recompute == "none" else t.again(t.tokens) + t.rope)}
         phases["prefix backward"] = here | grads | one | t.gathered(2) | t.reduced()
         # AdamW goes through all parameters at once on a GPU, one after another on the CPU
         phases["optimizer"] = steady | ({} if device.is_cpu else {"AdamW's denominators": steady["gradients"]})
