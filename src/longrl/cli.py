@@ -97,12 +97,16 @@ def evaluate(config: Config) -> None:
 
 
 @app.command()
-def check(config: Config) -> None:
-    """Validate a configuration without running it."""
+def check(
+    config: Config,
+    device: Annotated[str, typer.Option(help="Plan for it: A100-80G, H100, H200, or CPU, this machine's.")] = "CPU",
+    processes: Annotated[int | None, typer.Option(min=1, help="Of the run; as many as share a prompt.")] = None,
+) -> None:
+    """Validate a configuration and plan its memory and time without running it."""
     loaded = load_arguments(config)
     from longrl.check import check_command
 
-    check_command(loaded)
+    check_command(loaded, device, processes)
 
 
 @app.command()

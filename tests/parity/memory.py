@@ -68,9 +68,7 @@ class Step:
         torch.manual_seed(1)
         model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
         model.generation_config.eos_token_id = -1  # every response has its full length
-        memory = MemoryConfig(
-            recompute=setup.recompute, offload=setup.offload, mlp_tile_tokens=setup.mlp_tile_tokens
-        )  # pyright: ignore[reportArgumentType]
+        memory = MemoryConfig(recompute=setup.recompute, offload=setup.offload, mlp_tile_tokens=setup.mlp_tile_tokens)  # pyright: ignore[reportArgumentType]
         self.policy = Policy(Qwen25VL(model, twin.tokenizer, {}), memory=memory)
         rollout = RolloutConfig(group_size=work.group_size, max_new_tokens=work.response_tokens)
         self.engine = NativeEngine(self.policy, rollout)

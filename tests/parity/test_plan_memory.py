@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from dataclasses import asdict, replace
-
 import pytest
-import torch
-from tests.parity.memory import Step
 
 from longrl.plan.devices import find_device
 from longrl.plan.memory import plan_memory
 from longrl.plan.work import Setup, Work
+from tests.parity.memory import Step
 
 WORK = Work(prompt_tokens=4096, group_size=8, response_tokens=32)
 SETUPS = {"none": Setup(), "layer": Setup(recompute="layer")}

@@ -118,7 +118,9 @@ class Tally:
         if work.reference and not setup.adapter_parameters:
             parts["reference weights"] = parts["weights"]
         if work.trains:
-            trained, each = (setup.adapter_parameters, 4) if setup.adapter_parameters else (shape.trunk_parameters, weight)
+            trained, each = (
+                (setup.adapter_parameters, 4) if setup.adapter_parameters else (shape.trunk_parameters, weight)
+            )
             parts["gradients"] = each * trained / share
             parts["optimizer"] = 2 * each * trained / share
         return parts

@@ -136,6 +136,12 @@ SHAPES = {
 its twin, the others by their published numbers of parameters."""
 
 
+def known_source(path: str) -> str | None:
+    """Where to download the model that `model.path` means, if it is not there and the table has it."""
+    shape = None if (Path(path) / "config.json").exists() else shape_of(path)
+    return shape and shape.source
+
+
 def shape_of(path: str) -> ModelShape | None:
     """The sizes of the model at `model.path`: of the folder, or of one in the table whose name the path ends with.
 
