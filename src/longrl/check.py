@@ -36,8 +36,8 @@ def check_command(config: AnyConfig, device: str = "CPU", processes: int | None 
         processes: that it is planned for; None: those that torchrun has started, or as many as share a prompt.
 
     Raises:
-        ValueError: a file or name that the run needs does not exist, numbers that do not go together, or a plan that does
-            not fit the device; names all of them.
+        ValueError: a file or name that the run needs does not exist, numbers that do not go together, or a plan
+            that does not fit the device; names all of them.
     """
     if isinstance(config, WarmStartConfig):
         problems = list(_report_warm_start(config))

@@ -1,21 +1,69 @@
-"""The planner's sum of memory = what a fused step (prefill, decode, update) really takes."""
+"""The planner's sum of memory = what a fused step (prefill, decode, update, optimizer) really takes."""
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
+from dataclasses import asdict, replace
+from functools import cache
+
 import pytest
+from tests.parity.memory import Step
 
 from longrl.plan.devices import find_device
 from longrl.plan.memory import plan_memory
-from longrl.plan.work import Setup, Work
-from tests.parity.memory import Step
+from longrl.plan.work import Memory, Setup, Work
 
-WORK = Work(prompt_tokens=4096, group_size=8, response_tokens=32)
-SETUPS = {"none": Setup(), "layer": Setup(recompute="layer")}
 BOUND = 0.15
-CPU = find_device("CPU")
+WORK = Work(prompt_tokens=2048, group_size=8, response_tokens=16)
+SETUPS = {
+    "none": Setup(),
+    "layer": Setup(recompute="layer"),
+    "keep_attention": Setup(recompute="keep_attention"),
+    "layer, offload": Setup(recompute="layer", offload=True),
+    "layer, tiles": Setup(recompute="layer", mlp_tile_tokens=256),
+    "none, tiles": Setup(mlp_tile_tokens=256),
+}
+
+
+def planned(step: Step, work: Work, setup: Setup) -> Memory:
+    return plan_memory(step.shape, work, setup, find_device("CPU"))
+
+
+@cache
+def live_bytes(work: Work, setup: Setup) -> int:
+    return Step(work, setup).peak_live_bytes()
 
 
 @pytest.mark.parametrize("setup", SETUPS.values(), ids=SETUPS.keys())
 def test_live_tensors_peak_where_planned(setup):
-    step = Step(WORK, setup)
-    assert step.peak_live_bytes() == pytest.approx(plan_memory(step.shape, WORK, setup, CPU).peak_bytes, rel=BOUND)
+    memory = planned(Step(WORK, setup), WORK, setup)
+    # on the CPU, what is offloaded stays in the memory that is counted
+    assert live_bytes(WORK, setup) == pytest.approx(memory.peak_bytes + memory.host_bytes, rel=BOUND)
+
+
+@pytest.mark.parametrize("setup", [SETUPS["none"], SETUPS["layer"]], ids=["none", "layer"])
+def test_live_tensors_do_not_depend_on_prompts_in_the_batch_or_rollouts(setup):
+    one = live_bytes(WORK, setup)
+    gradients = planned(Step(WORK, setup), WORK, setup).parts["gradients"]
+    # from the second prompt on the first one's gradients are there, which are planned for any number of prompts
+    assert live_bytes(replace(WORK, prefixes=2), setup) <= one + gradients
+    assert live_bytes(replace(WORK, prefixes=4), setup) == live_bytes(replace(WORK, prefixes=2), setup)
+    assert live_bytes(replace(WORK, group_size=16), setup) == pytest.approx(one, rel=BOUND)
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="the system does not tell")
+@pytest.mark.parametrize("name", ["none", "layer"])
+def test_resident_memory_grows_as_planned(name):
+    """In a process of its own. Only what is freed in large blocks goes back to the system, so large blocks are counted:
+    with a longer prompt."""
+    work, setup = replace(WORK, prompt_tokens=4096), SETUPS[name]
+    arguments = json.dumps({"work": asdict(work), "setup": asdict(setup)})
+    command = [sys.executable, "-m", "tests.parity.memory", arguments]
+    returning = {"MALLOC_MMAP_THRESHOLD_": "1000000", "MALLOC_TRIM_THRESHOLD_": "1000000", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=os.environ | returning, capture_output=True, text=True, timeout=120, check=True)
+    memory = planned(Step(work, setup), work, setup)
+    before = sum(memory.phases["optimizer"].values()) - memory.parts["gradients"]
+    assert int(done.stdout) == pytest.approx(memory.peak_bytes - before, rel=BOUND)

@@ -15,6 +15,8 @@ from longrl.plan.shapes import ModelShape
 from longrl.plan.work import Setup, Work
 
 TILE = 4096
+CLEARLY = 0.98
+"""How much of the time a later layout may take to be preferred: estimates are no better."""
 LORA_RANK = 16
 
 
@@ -44,7 +46,8 @@ def choose_layout(
     """The (ulysses, ring) degrees for prompts of this length: what `parallel.sp: auto` asks.
 
     A prompt that fits one process stays there: nothing is sent, and other processes take other prompts. Otherwise, of
-    the layouts that fit, the one that takes the least time of all its processes together.
+    the layouts that fit, the one that takes the least time of all its processes together; of those about as good the
+    smallest, and Ulysses before the ring.
 
     Args:
         setup: all that is settled; its own degrees do not matter.
@@ -59,7 +62,7 @@ def choose_layout(
         if work.prompt_tokens < tried.sp or not fits(shape, work, tried, device):
             continue
         spent_s = tried.sp * plan_cost(shape, work, tried, device).total_s
-        if spent_s < best_s:
+        if spent_s < CLEARLY * best_s:
             best, best_s = (ulysses, ring), spent_s
         if tried.sp == 1:
             break

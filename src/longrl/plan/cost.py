@@ -12,6 +12,8 @@ from longrl.plan.work import Setup, Work
 
 OPERATIONS = 30
 """Small operations of a layer in eager mode."""
+LATENCY_S = 2e-5
+"""Of a message of a few streams."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,7 +55,7 @@ def plan_cost(shape: ModelShape, work: Work, setup: Setup, device: Device, group
         rate = again * (prefix.forward_s + prefix.messages_s)
         backward = prefix.products_s * products + prefix.attention_s * attention
         seconds["suffix"] = suffix.forward_s * (1 + products + (again > 0)) + suffix.micro_batches * 2 * prefix.gather_s
-        seconds["prefix backward"] = max(backward + rate, moved) + prefix.messages_s + prefix.gather_s
+        seconds["prefix backward"] = max(backward + rate, moved) + prefix.messages_back_s + prefix.gather_s
         reduced = 0.0 if frozen else 2 * (suffix.micro_batches + 1) * prefix.gather_s
         if reduced:
             seconds["gradients"] = reduced
@@ -89,6 +91,8 @@ class _Pass:
         exchanged = tally.tokens * (2 * tally.a + 2 * tally.kv) * tally.b * (setup.ulysses - 1) / setup.ulysses
         passed_on = tally.prefix_kv / shape.layers * (setup.ring - 1)
         self.messages_s = layers * (exchanged + passed_on) / speed
+        # backward, the gradients of keys and values go round with them
+        self.messages_back_s = layers * (exchanged + 2 * passed_on) / speed
         whole = tally.b * shape.trunk_parameters * (setup.sp - 1) / setup.sp
         self.gather_s = whole / speed if setup.sharded else 0.0
         # weight, gradient and two moments are read, three of them written
@@ -112,5 +116,6 @@ class _Suffix:
         turns = ceil(work.group_size / streams)
         read = tally.b * weights + tally.prefix_kv * tally.wide / tally.b
         computed = streams * self.flops / tokens / rate / device.products / setup.sp
-        launched = OPERATIONS * shape.layers * device.launch_s
+        messages = (setup.ulysses > 1) + (setup.ring > 1)
+        launched = shape.layers * (OPERATIONS * device.launch_s + messages * LATENCY_S)
         self.decode_s = turns * work.response_tokens * (max(read / speed, computed) + launched)

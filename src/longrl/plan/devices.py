@@ -1,5 +1,6 @@
 """What a plan takes a device to be capable of. None of these figures was measured by this project: rates and memory are
-the makers' data sheets', the shares of them that are reached are assumptions, and so every time planned is an estimate."""
+those of the makers' data sheets, the shares of them that are reached are assumptions, so planned times are estimates.
+"""
 
 from __future__ import annotations
 

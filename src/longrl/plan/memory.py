@@ -1,11 +1,11 @@
 """Memory of one process in each phase of a step, counted tensor by tensor from what the trunk keeps.
 
-Checked against the tensors that are really alive: `tests/parity/test_plan_memory.py`. Elements of one token in one layer
+Checked against the tensors that are really alive: tests/parity/test_plan_memory.py. Elements of one token in one layer
 (D hidden, F inside the MLP, A = heads x head_dim and KV = kv_heads x head_dim as dealt to this rank, b bytes each):
 
     norm       2 D          normalised, weighted; and 4 / b D more where it is computed in fp32 from something else
-    attention  2 A + 2 KV   queries, keys, values (a prefix's are its own anyway) and the output; one A more with Ulysses,
-                            whose output is kept in both layouts; 4 / b a head for the log-sum-exp
+    attention  2 A + 2 KV   queries, keys, values (a prefix's are its own anyway) and the output; one A more where
+                            ranks exchange heads, as the output is kept in both layouts; 4 / b a head for log-sum-exps
     layer      2 D          its input, and the sum after attention
     MLP        4 F          gate, its activation, up, their product; in the backward pass 2 F more
 """
@@ -146,8 +146,8 @@ class Tally:
         return ceil(rows * work.response_tokens / self.setup.sp)
 
     def suffix(self) -> dict[str, float]:
-        """What one micro-batch of streams takes. Its logits are made again in the backward pass, a chunk at a time, when
-        the layers have kept all that they keep; one layer is run backward when the logits are gone."""
+        """What one micro-batch of streams takes. Its logits are made again in the backward pass, a chunk at a time,
+        when the layers have kept all that they keep; one layer is run backward when the logits are gone."""
         shape, tokens = self.shape, self.micro_batch
         row = tokens * self.b
         layers, one = shape.layers * row * shape.width, self.backward(tokens)

@@ -100,9 +100,13 @@ class ModelShape:
         return self.layers * rank * sum(sum(self.linears[name]) for name in targets)
 
 
-def _qwen2_5_vl(name: str, *, vision: int, **sizes: Any) -> ModelShape:
-    tower = VisionShape(depth=32, width=1280, intermediate=vision, min_pixels=3136, max_pixels=12845056)
-    return ModelShape(head_dim=128, vision=tower, source=f"https://huggingface.co/{name}", **sizes)
+def _qwen2_5_vl(name: str, **sizes: int) -> ModelShape:
+    large = sizes["width"] > 4096
+    tower = VisionShape(
+        depth=32, width=1280, intermediate=3456 if large else 3420, min_pixels=3136, max_pixels=12845056
+    )
+    source = f"https://huggingface.co/{name}"
+    return ModelShape(head_dim=128, tied=sizes["width"] == 2048, vision=tower, source=source, **sizes)
 
 
 _TINY = ModelShape(
@@ -116,22 +120,15 @@ _TINY = ModelShape(
     tied=True,
     vision=VisionShape(depth=2, width=64, intermediate=128, min_pixels=784, max_pixels=784),
 )
-_3B, _7B, _32B, _72B = (f"Qwen/Qwen2.5-VL-{size}-Instruct" for size in ("3B", "7B", "32B", "72B"))
-SHAPES = {
-    "tiny:qwen2_5_vl": _TINY,
-    _3B: _qwen2_5_vl(
-        _3B, vision=3420, vocabulary=151936, width=2048, layers=36, heads=16, kv_heads=2, intermediate=11008, tied=True
-    ),
-    _7B: _qwen2_5_vl(
-        _7B, vision=3420, vocabulary=152064, width=3584, layers=28, heads=28, kv_heads=4, intermediate=18944, tied=False
-    ),
-    _32B: _qwen2_5_vl(
-        _32B, vision=3456, vocabulary=152064, width=5120, layers=64, heads=40, kv_heads=8, intermediate=27648, tied=False
-    ),
-    _72B: _qwen2_5_vl(
-        _72B, vision=3456, vocabulary=152064, width=8192, layers=80, heads=64, kv_heads=8, intermediate=29568, tied=False
-    ),
-}  # fmt: skip
+SHAPES = {"tiny:qwen2_5_vl": _TINY} | {
+    f"Qwen/Qwen2.5-VL-{size}-Instruct": _qwen2_5_vl(f"Qwen/Qwen2.5-VL-{size}-Instruct", **sizes)
+    for size, sizes in {
+        "3B": {"width": 2048, "layers": 36, "heads": 16, "kv_heads": 2, "intermediate": 11008, "vocabulary": 151936},
+        "7B": {"width": 3584, "layers": 28, "heads": 28, "kv_heads": 4, "intermediate": 18944, "vocabulary": 152064},
+        "32B": {"width": 5120, "layers": 64, "heads": 40, "kv_heads": 8, "intermediate": 27648, "vocabulary": 152064},
+        "72B": {"width": 8192, "layers": 80, "heads": 64, "kv_heads": 8, "intermediate": 29568, "vocabulary": 152064},
+    }.items()
+}
 """Models whose folder need not be there to be planned, as their public config.json says; tested: the tiny one against
 its twin, the others by their published numbers of parameters."""
 

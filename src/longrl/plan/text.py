@@ -22,7 +22,8 @@ def plan_lines(plan: Plan) -> Iterator[str]:
     )
     yield f"            {_memory_keys(plan)}"
     if work.trains:
-        yield f"passes      {plan.cost.passes:.2f} over each prompt, in forward passes; {plan.cost.flops:.2g} operations"
+        passes = f"{plan.cost.passes:.2f} over each prompt, in forward passes"
+        yield f"passes      {passes}; {plan.cost.flops:.2g} operations"
     room = f"of {_size(device.memory_bytes)}, {_size(device.planned_bytes)} may be planned"
     yield f"memory      {_size(plan.memory.peak_bytes)} a process at the peak, in the {plan.memory.peak_phase}; {room}"
     for part, size in sorted(plan.memory.parts.items(), key=lambda item: -item[1]):
