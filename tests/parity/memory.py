@@ -73,13 +73,16 @@ class Step:
         rollout = RolloutConfig(group_size=work.group_size, max_new_tokens=work.response_tokens)
         self.engine = NativeEngine(self.policy, rollout)
         self.examples = [Example(id=f"q{i}", messages=(), answer=None, kind="open") for i in range(work.prefixes)]
-        ids = torch.randint(500, (work.prefixes, work.prompt_tokens), generator=torch.Generator().manual_seed(2))
-        positions = torch.arange(work.prompt_tokens).expand(3, -1)
-        self.prompts = [Prompt(token_ids=x, position_ids=positions, media=(), media_slots=()) for x in ids]
+        self.work = work
         self.optimizer = torch.optim.AdamW(self.policy.trunk.parameters(), lr=1e-5)
 
-    def __call__(self) -> None:
-        for groups, prefix in self.engine.rollout(self.examples, self.prompts, [0] * len(self.prompts)):
+    def __call__(self, prompt_tokens: int | None = None) -> None:
+        """prompt_tokens: of each prompt; None: as many as the work has."""
+        length = prompt_tokens or self.work.prompt_tokens
+        ids = torch.randint(500, (self.work.prefixes, length), generator=torch.Generator().manual_seed(2))
+        positions = torch.arange(length).expand(3, -1)
+        prompts = [Prompt(token_ids=x, position_ids=positions, media=(), media_slots=()) for x in ids]
+        for groups, prefix in self.engine.rollout(self.examples, prompts, [0] * len(prompts)):
             rows = [(group.prompt, one.token_ids) for group in groups for one in group.rollouts]
             streams = make_streams([prompt for prompt, _ in rows], [ids for _, ids in rows], prefix.length)
             self.policy.backward(prefix, streams, lambda logprobs, entropy, part: -logprobs.sum())
@@ -88,20 +91,20 @@ class Step:
         self.optimizer.zero_grad()
 
     def peak_live_bytes(self) -> int:
-        """Of the second step: with weights and the optimizer's state, which the first one makes."""
+        """With weights, and the optimizer's state, which a first and shorter step makes."""
         live = LiveBytes()
         with live:
             for parameter in self.policy.family.model.parameters():
                 live.count(parameter)
-            self()
+            self(64)
             live.peak = 0
             self()
         return live.peak
 
 
 def resident_growth(step: Step) -> int:
-    """Of the second step, over what the process had before it; what the first one freed has gone back to the system."""
-    step()
+    """Over what the process had before it, the optimizer's state included, which a first and shorter step makes."""
+    step(64)
     status = Path("/proc/self/status")
     Path("/proc/self/clear_refs").write_text("5")  # the largest so far counts from here
     before = _kib(status.read_text(), "VmRSS")

@@ -6,7 +6,6 @@ import json
 from dataclasses import replace
 
 import pytest
-from tests.unit.media import render
 
 from longrl.config import RlConfig
 from longrl.plan.choose import choose_layout, fits, largest_prompt, layouts, smallest_change
@@ -16,6 +15,7 @@ from longrl.plan.memory import plan_memory
 from longrl.plan.plan import make_plan, max_prompt_tokens
 from longrl.plan.shapes import SHAPES, read_shape, shape_of
 from longrl.plan.work import Setup, Work
+from tests.unit.media import render
 
 B3, B7 = (SHAPES[f"Qwen/Qwen2.5-VL-{size}-Instruct"] for size in ("3B", "7B"))
 H100, H200 = GPUS["H100"], GPUS["H200"]
