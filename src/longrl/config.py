@@ -15,12 +15,32 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
 
+class LoraConfig(Section):
+    """Low-rank adapters beside frozen weights (peft)."""
+
+    rank: Annotated[int, Field(ge=1)] = 16
+    alpha: Annotated[float, Field(gt=0)] = 32.0
+    """What an adapter computes is multiplied by alpha / rank."""
+    targets: tuple[str, ...] | None = None
+    """Names of linear layers in the language model's decoder layers (`q_proj`); null: all of them."""
+
+    @field_validator("targets")
+    @classmethod
+    def _some(cls, targets: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        if targets is not None and not targets:
+            raise ValueError("targets is empty, so nothing would be trained; name some, or null for all")
+        return targets
+
+
 class ModelConfig(Section):
     path: str
-    """A Hugging Face folder, or `tiny:FAMILY` for the family's random-weight twin (`tiny:qwen2_5_vl`)."""
+    """A Hugging Face folder, or `tiny:FAMILY` for the family's random-weight twin (`tiny:qwen2_5_vl`). Evaluation takes a
+    folder with adapters too."""
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     recompute: bool = False
     """Recompute each layer in the backward pass instead of keeping its activations."""
+    lora: LoraConfig | None = None
+    """Train adapters and leave the model as it is; null: train its weights."""
 
     def at(self, path: str | Path) -> ModelConfig:
         """The same, of another checkpoint."""
@@ -203,8 +223,10 @@ class TrainConfig(LoopConfig, DataRunConfig):
     @classmethod
     def _can_be_updated(cls, model: ModelConfig) -> ModelConfig:
         # a step of 1e-6 is lost in the rounding of a bfloat16 weight
-        if model.dtype == "bfloat16":
-            raise ValueError("model.dtype is bfloat16, which has no room for small updates; train in float32")
+        if model.dtype == "bfloat16" and not model.lora:
+            raise ValueError(
+                "model.dtype is bfloat16, which has no room for small updates; train in float32, or adapters (model.lora)"
+            )
         return model
 
 
@@ -221,6 +243,13 @@ class RlConfig(AnswerConfig, TrainConfig):
 
 class EvalRunConfig(AnswerConfig, DataRunConfig):
     kind: Literal["eval"] = "eval"
+
+    @field_validator("model")
+    @classmethod
+    def _as_it_is(cls, model: ModelConfig) -> ModelConfig:
+        if model.lora:
+            raise ValueError("lora says how a model is trained, not asked; leave it out (path may hold adapters)")
+        return model
 
 
 class SyntheticConfig(Section):
@@ -260,6 +289,13 @@ class QuickstartConfig(AnswerConfig, RunConfig):
     videos: SyntheticConfig
     sft: StageConfig
     rl: RlStageConfig
+
+    @field_validator("model")
+    @classmethod
+    def _weights_go_on(cls, model: ModelConfig) -> ModelConfig:
+        if model.lora:
+            raise ValueError("lora is set, but the quickstart's RL goes on with the weights of its SFT; leave it out")
+        return model
 
 
 class WarmStartConfig(Section):

@@ -16,7 +16,7 @@ class Optimizer:
 
     def __init__(self, parameters: Iterable[torch.nn.Parameter], config: OptimConfig, total_steps: int) -> None:
         self.config, self.total_steps = config, total_steps
-        self.parameters = list(parameters)
+        self.parameters = [p for p in parameters if p.requires_grad]
         decay = [p for p in self.parameters if p.ndim > 1]
         rest = [p for p in self.parameters if p.ndim <= 1]
         groups = [{"params": decay, "weight_decay": config.weight_decay}, {"params": rest, "weight_decay": 0.0}]

@@ -16,8 +16,9 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor
 
-from longrl.config import DataRunConfig, ModelConfig
+from longrl.config import DataRunConfig, ModelConfig, RlConfig
 from longrl.models import load_family
+from longrl.models.adapters import switched_off
 from longrl.models.family import Family
 from longrl.models.streams import Streams, split_length
 from longrl.models.trunk import Trunk
@@ -85,11 +86,28 @@ class Policy:
         for rows in micro_batches(streams):
             logprobs, entropy = self.trunk("suffix", leaves, streams[rows], temperature)
             loss(logprobs, entropy, rows).backward()
+        # without an adapter of its own, say, the first layer's keys depend on nothing that is trained
+        pairs = [(x, leaf) for x, leaf in zip(prefix.kv(), leaves.kv(), strict=True) if x.requires_grad]
         torch.autograd.backward(
-            prefix.keys + prefix.values,
-            [leaf.grad if leaf.grad is not None else torch.zeros_like(leaf) for leaf in leaves.keys + leaves.values],
+            [x for x, _ in pairs],
+            [leaf.grad if leaf.grad is not None else torch.zeros_like(leaf) for _, leaf in pairs],
         )
         prefix.release()
+
+
+class AdaptersOff(Policy):
+    """The model that a policy began as, for nothing: its adapters are switched off for each call."""
+
+    def __init__(self, policy: Policy) -> None:
+        self.family, self.trunk, self.version = policy.family, policy.trunk, 0
+
+    def prefix(self, prompts: Sequence[Prompt]) -> Prefix:
+        with switched_off(self.trunk):
+            return super().prefix(prompts)
+
+    def logprobs(self, prefix: Prefix, streams: Streams, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+        with switched_off(self.trunk):
+            return super().logprobs(prefix, streams, temperature)
 
 
 def load_policy(model: ModelConfig, config: DataRunConfig, ranks: Ranks) -> Policy:
@@ -103,6 +121,17 @@ def load_policy(model: ModelConfig, config: DataRunConfig, ranks: Ranks) -> Poli
     """
     family = load_family(model, config.runtime.seed)
     return Policy(family, recompute=model.recompute, sp=ranks.sp, sharded=config.parallel.shard)
+
+
+def load_reference(policy: Policy, config: RlConfig, ranks: Ranks) -> Policy | None:
+    """The initial model, if there is a KL term: the policy without its adapters, or a second model.
+
+    Raises:
+        ValueError: as load_policy.
+    """
+    if config.algo.kl == "off":
+        return None
+    return AdaptersOff(policy) if config.model.lora else load_policy(config.model, config, ranks)
 
 
 def micro_batches(streams: Streams) -> Iterator[slice]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from longrl.check import require_model
@@ -12,6 +13,7 @@ from longrl.config import TrainConfig
 from longrl.data.examples import Skips
 from longrl.data.order import step_examples
 from longrl.data.prompts import PromptBuilder
+from longrl.models import adapters
 from longrl.models.streams import shares
 from longrl.optim import Optimizer
 from longrl.parallel.gradients import sum_gradients
@@ -48,7 +50,7 @@ class Training:
             ranks: all of them do this, and call every method that follows.
         """
         self.config, self.skips, self.ranks = config, skips, ranks
-        require_model(config.model, config.parallel)
+        require_model(config.model, config.parallel, trained=True)
         self.run_dir = start_run(config, is_main=ranks.is_main)
         self.checkpoints = Checkpoints(self.run_dir / FOLDER, config.checkpoint.keep)
         latest = ranks.from_main(self.checkpoints.latest)
@@ -110,14 +112,18 @@ class Training:
             return
         self.policy.reshard()
         family, main = self.policy.family, self.ranks.is_main
-        weights = whole(family.model.state_dict(keep_vars=True), main) if self.sharded else None
         tensors = whole(pack_optimizer(self.optimizer.adamw), main)
+        if self.config.model.lora:
+            adapters_only = whole(adapters.parameters(family.model), main)
+            write = partial(adapters.save, family, weights=adapters_only)
+        else:
+            weights = whole(family.model.state_dict(keep_vars=True), main) if self.sharded else None
+            write = partial(family.save, weights=weights)
         if main:
-            save = self.checkpoints.save
-            save(step, lambda path: family.save(path, weights), tensors, {"skipped": self.skips.names})
+            self.checkpoints.save(step, write, tensors, {"skipped": self.skips.names})
 
     def last_model(self) -> Path:
-        """The Hugging Face folder of the last checkpoint."""
+        """The Hugging Face folder of the last checkpoint; of adapters, peft's."""
         last = self.ranks.from_main(self.checkpoints.latest)
         assert last is not None
         return last.model_path

@@ -193,8 +193,12 @@ class Prefix:
 
     def leaves(self) -> Prefix:
         """A detached copy that collects gradients, for the suffix backward."""
-        keys, values = ([x.detach().requires_grad_() for x in xs] for xs in (self.keys, self.values))
+        keys, values = ([x.detach().requires_grad_(x.requires_grad) for x in xs] for xs in (self.keys, self.values))
         return Prefix(keys, values, self.length, self.policy_version)
+
+    def kv(self) -> list[Tensor]:
+        """The keys of every layer, then the values."""
+        return self.keys + self.values
 
     def release(self) -> None:
         self.keys, self.values = [], []
