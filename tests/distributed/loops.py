@@ -62,6 +62,13 @@ JOBS: dict[str, dict[str, Any]] = {
     },
     "resumed": {"kind": "rl", "steps": 4, "model": {"dtype": "float64"}, "checkpoint": {"every_steps": 1}},
     "sft": {"kind": "sft", "steps": 4, "model": {"dtype": "float64"}},
+    "adapters": {
+        "kind": "rl",
+        "steps": 4,
+        "model": {"dtype": "float64", "recompute": True, "lora": {"rank": 4}},
+        "algo": {"kl": "k3", "kl_coef": 0.1},
+        "checkpoint": {"every_steps": 1},
+    },
     "eval": {"kind": "eval", "model": {"dtype": "float64"}, "eval": {"samples": 2}},
 }
 """What is changed in `base`. `live` draws its own responses; `recorded` gets those that one process drew."""
@@ -92,7 +99,9 @@ def base(job: str, folder: Path, rows: dict[str, str]) -> dict[str, Any]:
 
 
 RESUMED = {"alone": 1, "dp 2, sp 2, sharded": 2, "dp 1, sp 2": 3, "alone again": 4}
-"""Which layouts take `resumed` up one after the other, and the step after which each is stopped."""
+"""Which layouts take a run up one after the other, and the step after which each is stopped."""
+TAKEN_UP = {"resumed": "resumed", "adapters taken up": "adapters"}
+"""Folder of a run that is taken up so -> its job."""
 
 
 class StopError(Exception):
@@ -135,10 +144,12 @@ def watch() -> None:
     train_rl_module.NativeEngine, train_rl_module.Training, train_sft_module.Training = Engine, Kept, Kept  # pyright: ignore
 
 
-def run_job(job: str, folder: Path, rows: dict[str, str], ranks: Ranks, layout: Layout) -> dict[str, Any]:
-    """One run, and what this rank knows after it."""
+def run_job(
+    job: str, folder: Path, rows: dict[str, str], ranks: Ranks, layout: Layout, name: str | None = None
+) -> dict[str, Any]:
+    """One run, and what this rank knows after it. name: of its folder, if not the job's."""
     parallel = {"sp": layout.sp, "shard": layout.shard}
-    settings = base(job, folder, rows) | {"parallel": parallel}
+    settings = base(job, folder, rows) | {"parallel": parallel, "run_dir": str(folder / (name or job))}
     recording = folder.parent / "recorded.pickle"
     Engine.drawn, Engine.recorded = {}, {}
     if job == "recorded" and recording.exists():
@@ -162,11 +173,12 @@ def digest(training: Training) -> str:
 
 
 def resume(name: str, folder: Path, rows: dict[str, str], ranks: Ranks, layout: Layout) -> None:
-    """Takes `resumed` up for one step."""
-    Kept.stop_after = RESUMED[name]
-    with suppress(StopError):
-        run_job("resumed", folder / "resumed", rows, ranks, layout)
-    Kept.stop_after = 99
+    """Takes the runs up for one step."""
+    for taken_up, job in TAKEN_UP.items():
+        Kept.stop_after = RESUMED[name]
+        with suppress(StopError):
+            run_job(job, folder / "taken up", rows, ranks, layout, taken_up)
+        Kept.stop_after = 99
 
 
 class Messages(TorchDispatchMode):

@@ -19,7 +19,7 @@ from tests.e2e.test_training import with_unusable
 
 pytestmark = pytest.mark.distributed
 
-TRAINING = ["recorded", "live", "sft"]
+TRAINING = ["recorded", "live", "sft", "adapters"]
 
 
 class Found:
@@ -60,7 +60,7 @@ def found(dataset, tmp_path_factory) -> Found:
 
 def distance(ours: str, theirs: str) -> tuple[float, float]:
     """Norm of the difference over the norm, of all weights; and the largest of that of one parameter."""
-    a, b = (load_file(Path(path) / "model.safetensors") for path in (ours, theirs))
+    a, b = (load_file(next(Path(path).glob("*model.safetensors"))) for path in (ours, theirs))
     assert a.keys() == b.keys()
     each = {name: (torch.dist(a[name].double(), b[name].double()), b[name].double().norm()) for name in a}
     whole = [torch.stack(side).norm() for side in zip(*each.values(), strict=True)]
@@ -133,16 +133,17 @@ def test_evaluation_finds_what_one_process_finds(found, layout):
     assert written[0] == written[1]
 
 
-def test_a_run_goes_on_on_other_layouts(found):
+@pytest.mark.parametrize("taken_up", loops.TAKEN_UP)
+def test_a_run_goes_on_on_other_layouts(found, taken_up):
     """One step each: one process, four with sharded weights, two, one again; optimizer state and all."""
     assert [name for name, _ in loops.RESUMED.items()] == ["alone", "dp 2, sp 2, sharded", "dp 1, sp 2", "alone again"]
-    ours, theirs = (read_metrics(found.folder / name / "resumed" / "metrics.jsonl") for name in ("resumed", "alone"))
+    runs = [found.folder / "taken up" / taken_up, found.folder / "alone" / loops.TAKEN_UP[taken_up]]
+    ours, theirs = (read_metrics(run / "metrics.jsonl") for run in runs)
     assert [line["step"] for line in ours] == [1, 2, 3, 4]
     for line in (*ours, *theirs):
         del line["cache/hit_rate"]  # of each process
     assert farthest(ours, theirs) < 1e-9
-    last = "resumed/checkpoints/step_000004/model"
-    whole, largest = distance(*(str(found.folder / name / last) for name in ("resumed", "alone")))
+    whole, largest = distance(*(str(run / "checkpoints/step_000004/model") for run in runs))
     assert whole < 1e-12
     assert largest < 1e-9
 

@@ -58,7 +58,9 @@ def base_path(path: str) -> str:
         if not isinstance(base, str):
             raise TypeError(f"base_model_name_or_path is {json.dumps(base)}")
     except (OSError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"adapter {path}: its {ADAPTER_CONFIG} names no base model ({error}); copy it again") from error
+        raise ValueError(
+            f"adapter {path}: its {ADAPTER_CONFIG} names no base model ({error}); copy it again"
+        ) from error
     return base
 
 
@@ -98,9 +100,7 @@ def _load_plain(where: str, dtype_name: str, seed: int) -> Family:
                 "download or export one, or use tiny:FAMILY"
             ) from error
     if model_type not in FAMILIES:
-        raise ValueError(
-            f"model.path {where}: no family for model_type {model_type!r}; known: {', '.join(FAMILIES)}"
-        )
+        raise ValueError(f"model.path {where}: no family for model_type {model_type!r}; known: {', '.join(FAMILIES)}")
     module, name = FAMILIES[model_type].split(":")
     family = getattr(importlib.import_module(module), name)
     return family.tiny(seed, dtype) if path is None else family.load(path, dtype)
