@@ -34,11 +34,12 @@ class LoraConfig(Section):
 
 class ModelConfig(Section):
     path: str
-    """A Hugging Face folder, or `tiny:FAMILY` for the family's random-weight twin (`tiny:qwen2_5_vl`). Evaluation takes a
-    folder with adapters too."""
+    """A Hugging Face folder, or `tiny:FAMILY` for the family's random-weight twin (`tiny:qwen2_5_vl`). Evaluation takes
+    a folder with adapters too."""
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
-    recompute: bool = False
-    """Recompute each layer in the backward pass instead of keeping its activations."""
+    """Of the weights as they are stored and updated."""
+    compute_dtype: Literal["bfloat16"] | None = None
+    """Of the language model's passes, in which it gets a copy of the weights, a layer at a time; null: as `dtype`."""
     lora: LoraConfig | None = None
     """Train adapters and leave the model as it is; null: train its weights."""
 
@@ -160,6 +161,27 @@ class ParallelConfig(Section):
         return self
 
 
+class MemoryConfig(Section):
+    """What is kept of a prompt's pass for its backward, and where. All give the same gradients."""
+
+    recompute: Literal["none", "layer", "keep_attention"] = "none"
+    """Compute layers again in the backward instead of keeping their activations; `keep_attention` keeps what each
+    attention gave, which is most of the work where prompts are long."""
+    offload: bool = False
+    """Keep the inputs of recomputed layers in host memory."""
+    mlp_tile_tokens: Annotated[int, Field(ge=1)] | None = None
+    """Run each layer's MLP over so many tokens at a time; null: all at once."""
+
+    @model_validator(mode="after")
+    def _inputs_to_offload(self) -> MemoryConfig:
+        if self.offload and self.recompute == "none":
+            raise ValueError("offload is true, but recompute is none, so there are no inputs of layers to offload")
+        return self
+
+
+ALL_KEPT = MemoryConfig()
+
+
 class RunConfig(Section):
     """What every run has."""
 
@@ -177,6 +199,7 @@ class DataRunConfig(RunConfig):
 
     data: DataConfig = DataConfig()
     parallel: ParallelConfig = ParallelConfig()
+    memory: MemoryConfig = MemoryConfig()
 
 
 class AnswerConfig(Section):
@@ -225,7 +248,8 @@ class TrainConfig(LoopConfig, DataRunConfig):
         # a step of 1e-6 is lost in the rounding of a bfloat16 weight
         if model.dtype == "bfloat16" and not model.lora:
             raise ValueError(
-                "model.dtype is bfloat16, which has no room for small updates; train in float32, or adapters (model.lora)"
+                "model.dtype is bfloat16, which has no room for small updates; train in float32, with compute_dtype "
+                "bfloat16 perhaps, or train adapters (model.lora)"
             )
         return model
 

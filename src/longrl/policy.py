@@ -16,7 +16,7 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor
 
-from longrl.config import DataRunConfig, ModelConfig, RlConfig
+from longrl.config import ALL_KEPT, DataRunConfig, MemoryConfig, ModelConfig, RlConfig
 from longrl.models import load_family
 from longrl.models.adapters import switched_off
 from longrl.models.family import Family
@@ -39,12 +39,20 @@ class Policy:
     """A family's model, its trunk, and how many updates it has had."""
 
     def __init__(
-        self, family: Family, *, recompute: bool = False, sp: SequenceGroup | None = None, sharded: bool = False
+        self,
+        family: Family,
+        *,
+        memory: MemoryConfig = ALL_KEPT,
+        sp: SequenceGroup | None = None,
+        sharded: bool = False,
+        compute_dtype: torch.dtype | None = None,
     ) -> None:
         """
         Args:
+            memory: what backward passes recompute.
             sp: the ranks that share every prompt; each calls the same methods with the same prompts and streams.
             sharded: they share the weights too.
+            compute_dtype: of the trunk's passes; None: the weights' own.
 
         Raises:
             ValueError: the model's heads cannot be dealt to that many ranks.
@@ -52,10 +60,10 @@ class Policy:
         if sp is not None:
             require_heads(family.model.config.get_text_config().num_key_value_heads, sp.size)
         self.family = family
-        self.trunk = Trunk(family.parts(), recompute=recompute, sp=sp)
-        if sharded:
-            assert sp is not None, "one rank has nobody to share the weights with"
-            shard(self.trunk, self.trunk.blocks, sp)
+        self.trunk = Trunk(family.parts(), memory=memory, sp=sp)
+        assert sp or not sharded, "one rank has nobody to share the weights with"
+        if sharded or compute_dtype:
+            shard(self.trunk, list(self.trunk.blocks), sp if sharded else None, compute_dtype)
         self.version = 0
 
     def prefix(self, prompts: Sequence[Prompt]) -> Prefix:
@@ -82,16 +90,14 @@ class Policy:
 
         In a sequence group that is this rank's share; `sum_gradients` adds the others' before the optimizer step.
         """
-        leaves = prefix.leaves()
-        for rows in micro_batches(streams):
+        leaves, batches = prefix.leaves(), list(micro_batches(streams))
+        gradients = gather_gradients(leaves.kv(), passes=len(batches))
+        for rows in batches:
             logprobs, entropy = self.trunk("suffix", leaves, streams[rows], temperature)
             loss(logprobs, entropy, rows).backward()
         # without an adapter of its own, say, the first layer's keys depend on nothing that is trained
-        pairs = [(x, leaf) for x, leaf in zip(prefix.kv(), leaves.kv(), strict=True) if x.requires_grad]
-        torch.autograd.backward(
-            [x for x, _ in pairs],
-            [leaf.grad if leaf.grad is not None else torch.zeros_like(leaf) for _, leaf in pairs],
-        )
+        pairs = [(x, gradient) for x, gradient in zip(prefix.kv(), gradients(), strict=True) if x.requires_grad]
+        torch.autograd.backward([x for x, _ in pairs], [gradient for _, gradient in pairs])
         prefix.release()
 
 
@@ -120,7 +126,13 @@ def load_policy(model: ModelConfig, config: DataRunConfig, ranks: Ranks) -> Poli
         ValueError: as load_family and Policy.
     """
     family = load_family(model, config.runtime.seed)
-    return Policy(family, recompute=model.recompute, sp=ranks.sp, sharded=config.parallel.shard)
+    return Policy(
+        family,
+        memory=config.memory,
+        sp=ranks.sp,
+        sharded=config.parallel.shard,
+        compute_dtype=getattr(torch, model.compute_dtype) if model.compute_dtype else None,
+    )
 
 
 def load_reference(policy: Policy, config: RlConfig, ranks: Ranks) -> Policy | None:
@@ -132,6 +144,30 @@ def load_reference(policy: Policy, config: RlConfig, ranks: Ranks) -> Policy | N
     if config.algo.kl == "off":
         return None
     return AdaptersOff(policy) if config.model.lora else load_policy(config.model, config, ranks)
+
+
+def gather_gradients(leaves: Sequence[Tensor], passes: int) -> Callable[[], list[Tensor]]:
+    """Called before backward passes; what it returns gives, after them, each leaf's summed gradient.
+
+    Those of bfloat16 leaves are added up in fp32 where there are several passes; a single one rounds once, whatever the
+    sum is held in.
+    """
+    wide: dict[int, Tensor] = {}
+
+    def add(leaf: Tensor) -> None:
+        assert leaf.grad is not None
+        key, leaf.grad, gradient = id(leaf), None, leaf.grad
+        wide[key] = wide[key].add_(gradient) if key in wide else gradient.float()
+
+    for leaf in leaves:
+        if passes > 1 and leaf.dtype == torch.bfloat16 and leaf.requires_grad:
+            leaf.register_post_accumulate_grad_hook(add)
+
+    def gradients() -> list[Tensor]:
+        found = [wide.get(id(leaf), leaf.grad) for leaf in leaves]
+        return [torch.zeros_like(leaf) if x is None else x for x, leaf in zip(found, leaves, strict=True)]
+
+    return gradients
 
 
 def micro_batches(streams: Streams) -> Iterator[slice]:

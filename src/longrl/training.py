@@ -114,11 +114,9 @@ class Training:
         family, main = self.policy.family, self.ranks.is_main
         tensors = whole(pack_optimizer(self.optimizer.adamw), main)
         if self.config.model.lora:
-            adapters_only = whole(adapters.parameters(family.model), main)
-            write = partial(adapters.save, family, weights=adapters_only)
+            write = partial(adapters.save, family, weights=whole(adapters.parameters(family.model), main))
         else:
-            weights = whole(family.model.state_dict(keep_vars=True), main) if self.sharded else None
-            write = partial(family.save, weights=weights)
+            write = partial(family.save, weights=whole(family.model.state_dict(keep_vars=True), main))
         if main:
             self.checkpoints.save(step, write, tensors, {"skipped": self.skips.names})
 

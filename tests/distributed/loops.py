@@ -54,7 +54,8 @@ JOBS: dict[str, dict[str, Any]] = {
     "live": {
         "kind": "rl",
         "steps": 4,
-        "model": {"dtype": "float64", "recompute": True},
+        "model": {"dtype": "float64"},
+        "memory": {"recompute": "layer"},
         "algo": {"kl": "k3", "kl_coef": 0.1, "normalise": "sequence"},
         "eval_every_steps": 2,
         "eval": {"samples": 2},
@@ -62,10 +63,12 @@ JOBS: dict[str, dict[str, Any]] = {
     },
     "resumed": {"kind": "rl", "steps": 4, "model": {"dtype": "float64"}, "checkpoint": {"every_steps": 1}},
     "sft": {"kind": "sft", "steps": 4, "model": {"dtype": "float64"}},
+    "bfloat16": {"kind": "sft", "steps": 2, "model": {"compute_dtype": "bfloat16"}},
     "adapters": {
         "kind": "rl",
         "steps": 4,
-        "model": {"dtype": "float64", "recompute": True, "lora": {"rank": 4}},
+        "model": {"dtype": "float64", "lora": {"rank": 4}},
+        "memory": {"recompute": "layer"},
         "algo": {"kl": "k3", "kl_coef": 0.1},
         "checkpoint": {"every_steps": 1},
     },

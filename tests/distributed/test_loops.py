@@ -104,6 +104,16 @@ def test_metrics_are_those_of_one_process(found, job, layout):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_passes_in_bfloat16_learn_what_they_learn_in_one_process(found, layout):
+    """Up to the rounding of each product, which is another where tokens are split; sums over ranks are in fp32."""
+    ours, theirs = found.metrics("bfloat16", str(layout)), found.metrics("bfloat16", "alone")
+    for one, other in zip(ours, theirs, strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=2e-3)
+        assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=2e-2)
+    assert len({one["digest"] for one in found.of("bfloat16", layout)}) == 1
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_the_same_tokens_are_drawn_in_fp64(found, layout):
     drawn = {seed: group for rank in found.of("live", layout) for seed, group in rank["drawn"].items()}
     theirs = found.alone["live"]["drawn"]

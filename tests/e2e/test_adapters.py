@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -63,6 +64,21 @@ def test_resume_is_bit_identical(dataset, tmp_path):
     assert kl[0] == kl[1]
     assert kl[0][0] == 0  # B is zero: the policy is the reference
     assert kl[0][-1] > 0
+
+
+def test_resume_is_bit_identical_in_bfloat16(dataset, tmp_path):
+    """A bfloat16 base, passes in bfloat16, fp32 adapters and optimizer state."""
+    common = {"model": {**MODEL, "dtype": "bfloat16", "compute_dtype": "bfloat16"}, "optim": {"lr": 1e-2}, "steps": 6}
+    whole = train_sft(sft_config(dataset, tmp_path, **common, run_dir=str(tmp_path / "whole")))
+    config = sft_config(dataset, tmp_path, **common, checkpoint={"every_steps": 3, "keep": 9})
+    train_sft(config)
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step_000006")
+    resumed = train_sft(config)
+    for name in (adapters.WEIGHTS, "../trainer.safetensors"):
+        assert same_bits(load_file(whole / name), load_file(resumed / name))
+    assert {x.dtype for x in load_file(whole / adapters.WEIGHTS).values()} == {torch.float32}
+    losses = [line["loss"] for line in read_metrics(tmp_path / "run" / "metrics.jsonl")]
+    assert losses[-1] < 0.9 * losses[0]
 
 
 @pytest.fixture(scope="module")

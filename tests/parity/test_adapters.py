@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from longrl.config import LoraConfig, ModelConfig
+from longrl.config import LoraConfig, MemoryConfig, ModelConfig
 from longrl.models import adapters, load_family
 from longrl.models.qwen_vl import Qwen25VL
 from longrl.models.streams import make_streams
@@ -62,13 +62,15 @@ def run(policy: Policy, questions: list[str] = QUESTIONS) -> tuple[list, list, t
 
 # as in test_shared_prefix: transformers' norms and rotary embedding compute in fp32 whatever the dtype
 @pytest.mark.parametrize(("dtype", "bound"), [("float64", 1e-7), ("float32", 1e-5)])
-@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize(
+    "memory", [{}, {"recompute": "keep_attention", "mlp_tile_tokens": 32}], ids=["kept", "recomputed"]
+)
 @pytest.mark.parametrize("targets", [None, ("q_proj", "down_proj")], ids=["all linear layers", "no keys or values"])
-def test_gradients_equal_separate_sequences_by_peft(tmp_path, dtype, bound, recompute, targets):
+def test_gradients_equal_separate_sequences_by_peft(tmp_path, dtype, bound, memory, targets):
     """Without adapters of its own, the first layer's keys and values depend on nothing that is trained."""
     family = with_adapters(dtype, targets=targets)
     theirs = stock(family, tmp_path)
-    rows, responses, weights, logp = run(Policy(family, recompute=recompute))
+    rows, responses, weights, logp = run(Policy(family, memory=MemoryConfig(**memory)))
     ours = gradients(family)
     assert ours.keys() == adapters.parameters(family.model).keys()
     theirs_logp = plain(theirs, rows, responses, weights)
@@ -113,7 +115,7 @@ def test_a_reference_pass_between_forward_and_backward_changes_no_gradient():
     found = []
     for between in (False, True):
         family = with_adapters()
-        policy = Policy(family, recompute=True)
+        policy = Policy(family, memory=MemoryConfig(recompute="layer"))
         prompts = make_prompts(family, 90, QUESTIONS)
         prefix = policy.prefix(prompts)
         streams = make_streams(prompts, responses_of(family, [7, 3]), prefix.length)

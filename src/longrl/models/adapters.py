@@ -1,7 +1,7 @@
 """LoRA by peft: adapters injected into a model's decoder layers, switched off, saved in peft's own layout, merged.
 
-The base is frozen, of any dtype; the adapters are fp32 or wider. They are injected before the trunk is built, which then
-drives layers whose linear maps compute W x + (alpha / rank) B A x. B begins as zeros, so that training begins at the base.
+The base is frozen, of any dtype; the adapters are fp32 or wider. They are injected before the trunk is built, which
+then drives layers whose linear maps compute W x + (alpha / rank) B A x. B begins as zeros, and so training at the base.
 
 Reference: LoRA (arXiv 2106.09685), equation 3.
 """
