@@ -3,8 +3,8 @@
 A Block and the Trunk's own parts are gathered for each pass and dropped after it. Sharded over sp alone, because its
 ranks make the same passes and data-parallel ranks do not: those add up their shards' gradients once a step.
 
-The same on a mesh of one rank keeps the weights whole and lets passes compute in another type than that in which weights
-are stored and gradients added up.
+The same on a mesh of one rank keeps the weights whole and lets passes compute in another type than that in which
+weights are stored and gradients added up.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ def shard(
 
     Args:
         sp: who shares the weights; None: this rank keeps them.
-        compute_dtype: of the gathered weights, and so of what passes compute; None: as stored. Gradients are added up in
-            fp32 then.
+        compute_dtype: of the gathered weights, and so of what passes compute; None: as stored. Gradients are then
+            added up in fp32.
     """
     group: Any = _alone() if sp is None else sp.group
     mesh = DeviceMesh.from_group(group, next(root.parameters()).device.type, mesh_dim_names=("sp",))
