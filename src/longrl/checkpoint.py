@@ -244,7 +244,7 @@ def _merged(run: Path, adapter: Path, out: Path) -> Path:
 
     config = load_config([run / CONFIG_NAME])
     assert isinstance(config, TrainConfig)
-    family = load_family(ModelConfig(path=str(adapter), dtype=config.model.dtype))
+    family = load_family(ModelConfig(path=str(adapter), dtype=config.model.dtype, device="cpu"))
     adapters.merge(family)
     family.save(out)
     return out

@@ -40,8 +40,29 @@ class ModelConfig(Section):
     """Of the weights as they are stored and updated."""
     compute_dtype: Literal["bfloat16"] | None = None
     """Of the language model's passes, in which it gets a copy of the weights, a layer at a time; null: as `dtype`."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """`auto`: a GPU where there is one."""
+    train: tuple[Literal["language", "projector", "tower"], ...] = ("language",)
+    """Which parts learn. With the vision tower, or the projector behind it, every step embeds its videos anew."""
     lora: LoraConfig | None = None
     """Train adapters and leave the model as it is; null: train its weights."""
+
+    @model_validator(mode="after")
+    def _something_learns(self) -> ModelConfig:
+        if not self.train:
+            raise ValueError("train is empty, so nothing would be trained; name language, projector or tower")
+        if self.lora and self.train != ("language",):
+            raise ValueError(f"lora trains the language model alone, but train is {list(self.train)}; leave one out")
+        return self
+
+    @property
+    def trains_encoder(self) -> bool:
+        return "projector" in self.train or "tower" in self.train
+
+    @property
+    def is_as_it_is(self) -> bool:
+        """Whether nothing is said about how it is trained."""
+        return self.lora is None and self.train == ("language",)
 
     def at(self, path: str | Path) -> ModelConfig:
         """The same, of another checkpoint."""
@@ -264,6 +285,15 @@ class RlConfig(AnswerConfig, TrainConfig):
     eval_every_steps: Annotated[int, Field(ge=0)] = 0
     """Evaluate `data.eval` every so many steps and after the last; 0: never."""
 
+    @model_validator(mode="after")
+    def _reference_sees(self) -> RlConfig:
+        if self.model.trains_encoder and self.algo.kl != "off":
+            raise ValueError(
+                f"algo.kl is {self.algo.kl}, but model.train is {list(self.model.train)}: the reference would need "
+                "embeddings of its own; set algo.kl to off, or train the language model alone"
+            )
+        return self
+
 
 class EvalRunConfig(AnswerConfig, DataRunConfig):
     kind: Literal["eval"] = "eval"
@@ -271,8 +301,8 @@ class EvalRunConfig(AnswerConfig, DataRunConfig):
     @field_validator("model")
     @classmethod
     def _as_it_is(cls, model: ModelConfig) -> ModelConfig:
-        if model.lora:
-            raise ValueError("lora says how a model is trained, not asked; leave it out (path may hold adapters)")
+        if not model.is_as_it_is:
+            raise ValueError("lora and train say how a model is trained; leave them out (path may hold adapters)")
         return model
 
 
@@ -317,8 +347,8 @@ class QuickstartConfig(AnswerConfig, RunConfig):
     @field_validator("model")
     @classmethod
     def _weights_go_on(cls, model: ModelConfig) -> ModelConfig:
-        if model.lora:
-            raise ValueError("lora is set, but the quickstart's RL goes on with the weights of its SFT; leave it out")
+        if not model.is_as_it_is:
+            raise ValueError("the quickstart trains the language model's weights; leave lora and train out")
         return model
 
 

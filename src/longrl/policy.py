@@ -4,13 +4,16 @@
     2. suffix           they enter as detached leaves; streams forward and backward leave gK, gV in them
     3. prefix backward  one backward of (keys, values) with (gK, gV)
 
+Where the encoder learns, the same one level down: media embeddings enter the prefix as leaves, and the encoder runs
+again, a few frames at a time, with its slice of their gradient.
+
 Exact: prompt tokens carry no loss, so the loss reaches the prefix's part of the graph only through its keys and values.
 Gradients are accumulated un-normalised; optim.py divides once, by the global count.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager
 
 import torch
@@ -46,6 +49,7 @@ class Policy:
         sp: SequenceGroup | None = None,
         sharded: bool = False,
         compute_dtype: torch.dtype | None = None,
+        train: Collection[str] = ("language",),
     ) -> None:
         """
         Args:
@@ -53,6 +57,7 @@ class Policy:
             sp: the ranks that share every prompt; each calls the same methods with the same prompts and streams.
             sharded: they share the weights too.
             compute_dtype: of the trunk's passes; None: the weights' own.
+            train: which parts learn, as in config.ModelConfig.
 
         Raises:
             ValueError: the model's heads cannot be dealt to that many ranks.
@@ -60,7 +65,9 @@ class Policy:
         if sp is not None:
             require_heads(family.model.config.get_text_config().num_key_value_heads, sp.size)
         self.family = family
-        self.trunk = Trunk(family.parts(), memory=memory, sp=sp)
+        self.encoder = _choose(family, train) if set(train) != {"language"} else []
+        """What learns of the vision tower and the projector. On every rank, not sharded."""
+        self.trunk = Trunk(family.parts(), memory=memory, sp=sp, media_learns=bool(self.encoder))
         assert sp or not sharded, "one rank has nobody to share the weights with"
         if sharded or compute_dtype:
             shard(self.trunk, list(self.trunk.blocks), sp if sharded else None, compute_dtype)
@@ -98,7 +105,11 @@ class Policy:
         # without an adapter of its own, say, the first layer's keys depend on nothing that is trained
         pairs = [(x, gradient) for x, gradient in zip(prefix.kv(), gradients(), strict=True) if x.requires_grad]
         torch.autograd.backward([x for x, _ in pairs], [gradient for _, gradient in pairs])
+        media = prefix.media
         prefix.release()
+        for leaf in media:
+            assert leaf.rows.grad is not None
+            self.family.encode_backward(leaf.media, leaf.span, leaf.rows.grad)
 
 
 class AdaptersOff(Policy):
@@ -132,6 +143,7 @@ def load_policy(model: ModelConfig, config: DataRunConfig, ranks: Ranks) -> Poli
         sp=ranks.sp,
         sharded=config.parallel.shard,
         compute_dtype=getattr(torch, model.compute_dtype) if model.compute_dtype else None,
+        train=model.train,
     )
 
 
@@ -144,6 +156,15 @@ def load_reference(policy: Policy, config: RlConfig, ranks: Ranks) -> Policy | N
     if config.algo.kl == "off":
         return None
     return AdaptersOff(policy) if config.model.lora else load_policy(config.model, config, ranks)
+
+
+def _choose(family: Family, train: Collection[str]) -> list[torch.nn.Parameter]:
+    """Sets which weights learn; returns those of the encoder that do."""
+    family.model.requires_grad_("language" in train)
+    for part in ("tower", "projector"):
+        for parameter in family.encoder_parameters(part):
+            parameter.requires_grad_(part in train)
+    return [p for part in ("tower", "projector") if part in train for p in family.encoder_parameters(part)]
 
 
 def gather_gradients(leaves: Sequence[Tensor], passes: int) -> Callable[[], list[Tensor]]:

@@ -55,9 +55,12 @@ class Training:
         self.checkpoints = Checkpoints(self.run_dir / FOLDER, config.checkpoint.keep)
         latest = ranks.from_main(self.checkpoints.latest)
         self.policy = load_policy(config.model.at(latest.model_path) if latest else config.model, config, ranks)
-        self.optimizer = Optimizer(self.policy.trunk.parameters(), config.optim, config.steps)
+        self.optimizer = Optimizer(
+            self.policy.trunk.parameters(), config.optim, config.steps, encoder=self.policy.encoder
+        )
         self.build = PromptBuilder(self.policy.family, config.cache, skips, ranks)
         self.done, self.sharded = 0, config.parallel.shard
+        self._drawn: set[str] = set()
         if latest:
             unpack_optimizer(self.optimizer.adamw, latest.tensors())
             skips.names.update(latest.state["skipped"])
@@ -80,6 +83,7 @@ class Training:
         drawn = step_examples(examples, step, config.prompts_per_step, config.data.share_media, config.runtime.seed)
         self.build.prepare([example for _, example in drawn])
         kept, prompts = self.build([example for _, example in drawn])
+        self._drawn = {media.key for prompt in prompts for media in prompt.media}
         mine = shares(prompts, self.ranks.dp_size)[self.ranks.dp_rank]
         return Batch(
             epochs=[drawn[kept[i]][0] for i in mine],
@@ -98,7 +102,10 @@ class Training:
         if self.ranks.size > 1:
             # those of a sharded weight are summed over sp already
             sum_gradients(self.optimizer.parameters, self.ranks.dp if self.sharded else self.ranks.everyone)
+            sum_gradients(self.optimizer.encoder, self.ranks.everyone)
         norm, lr = self.optimizer.step(step, count, ids)
+        if self.policy.encoder:  # no rank needs them any more, and nobody will again
+            self.build.cache.remove(self._drawn)
         self.policy.version = step
         return norm, lr
 

@@ -28,8 +28,8 @@ def load_family(config: ModelConfig, seed: int = 0) -> Family:
     model without.
 
     Raises:
-        ValueError: no such folder, no config.json in it, a model_type that no family handles, or weights that are
-            missing or unreadable.
+        ValueError: no such folder, no config.json in it, a model_type that no family handles, weights that are
+            missing or unreadable, or no such device.
     """
     base = base_path(config.path)
     family = _load_plain(base, config.dtype, seed)
@@ -41,6 +41,7 @@ def load_family(config: ModelConfig, seed: int = 0) -> Family:
         elif config.lora:
             pointer = os.path.abspath(base) if not base.startswith("tiny:") else _with_seed(base, seed)
             adapters.inject(family, config.lora, pointer, seed)
+    family.model.to(_device(config))
     return family
 
 
@@ -104,3 +105,15 @@ def _load_plain(where: str, dtype_name: str, seed: int) -> Family:
     module, name = FAMILIES[model_type].split(":")
     family = getattr(importlib.import_module(module), name)
     return family.tiny(seed, dtype) if path is None else family.load(path, dtype)
+
+
+def _device(config: ModelConfig) -> str:
+    """
+    Raises:
+        ValueError: it is asked for and not there.
+    """
+    import torch
+
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("model.device is cuda, but PyTorch finds no GPU; use auto or cpu, or install PyTorch for CUDA")
+    return "cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu"
