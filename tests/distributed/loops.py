@@ -34,7 +34,8 @@ from longrl.training import Training
 from longrl.types import Example, Prefix, Prompt, Rollout
 from tests.distributed.ranks import CASES, make_family, make_prompts
 
-TIMEOUT = timedelta(seconds=60)
+TIMEOUT = timedelta(seconds=240)
+"""Ranks without a part in a layout wait for those that have one."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,12 @@ JOBS: dict[str, dict[str, Any]] = {
     },
     "resumed": {"kind": "rl", "steps": 4, "model": {"dtype": "float64"}, "checkpoint": {"every_steps": 1}},
     "sft": {"kind": "sft", "steps": 4, "model": {"dtype": "float64"}},
-    "bfloat16": {"kind": "sft", "steps": 2, "model": {"compute_dtype": "bfloat16"}},
+    "bfloat16": {"kind": "sft", "steps": 3, "model": {"compute_dtype": "bfloat16"}},
+    "encoder": {
+        "kind": "sft",
+        "steps": 3,
+        "model": {"dtype": "float64", "train": ["language", "projector", "tower"]},
+    },
     "adapters": {
         "kind": "rl",
         "steps": 4,

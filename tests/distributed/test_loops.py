@@ -19,7 +19,7 @@ from tests.e2e.test_training import with_unusable
 
 pytestmark = pytest.mark.distributed
 
-TRAINING = ["recorded", "live", "sft", "adapters"]
+TRAINING = ["recorded", "live", "sft", "adapters", "encoder"]
 
 
 class Found:
@@ -107,9 +107,11 @@ def test_metrics_are_those_of_one_process(found, job, layout):
 def test_passes_in_bfloat16_learn_what_they_learn_in_one_process(found, layout):
     """Up to the rounding of each product, which is another where tokens are split; sums over ranks are in fp32."""
     ours, theirs = found.metrics("bfloat16", str(layout)), found.metrics("bfloat16", "alone")
+    assert sum(line["loss"] is not None for line in theirs) == 2  # one step has unusable videos alone
     for one, other in zip(ours, theirs, strict=True):
-        assert one["loss"] == pytest.approx(other["loss"], rel=2e-3)
-        assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=2e-2)
+        if other["loss"] is not None:
+            assert one["loss"] == pytest.approx(other["loss"], rel=2e-3)
+            assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=2e-2)
     assert len({one["digest"] for one in found.of("bfloat16", layout)}) == 1
 
 
