@@ -20,7 +20,7 @@ from longrl.config import (
     TrainConfig,
     WarmStartConfig,
 )
-from longrl.models import FAMILIES
+from longrl.models import FAMILIES, base_path, tiny_family
 from longrl.parallel.layout import require_heads, require_world
 from longrl.plan.plan import make_plan
 from longrl.plan.shapes import known_source, shape_of
@@ -43,7 +43,7 @@ def check_command(config: AnyConfig, device: str = "CPU", processes: int | None 
         problems = list(_report_warm_start(config))
     else:
         typer.echo(f"{config.kind} run into {config.run_dir}")
-        problems = list(_report_model(config.model))
+        problems = list(_report_model(config.model, isinstance(config, TrainConfig | QuickstartConfig)))
         video = config.video
         _row("video", f"{video.fps:g} frames a second" if video.fps is not None else f"{video.num_frames} frames")
         if isinstance(config, QuickstartConfig):
@@ -60,13 +60,13 @@ def check_command(config: AnyConfig, device: str = "CPU", processes: int | None 
         typer.echo("ok: the configuration is valid, and the model and files that it names exist")
 
 
-def require_model(config: ModelConfig, parallel: ParallelConfig | None = None) -> None:
+def require_model(config: ModelConfig, parallel: ParallelConfig | None = None, *, trained: bool = False) -> None:
     """Looks whether there is a model, before a run directory is made for it.
 
     Raises:
-        ValueError: there is none, or its heads cannot be dealt to so many processes.
+        ValueError: there is none, its heads cannot be dealt to so many processes, or it cannot be trained as it is.
     """
-    if problem := _model_problem(config.path):
+    if problem := _model_problem(config.path, trained):
         raise ValueError(f"model.path: {problem}")
     if parallel and (problem := _heads_problem(config.path, parallel.sp)):
         raise ValueError(problem)
@@ -81,11 +81,14 @@ def _report_warm_start(config: WarmStartConfig) -> Iterator[str]:
         yield f"model: {problem}"
 
 
-def _report_model(config: ModelConfig) -> Iterator[str]:
-    problem = None if known_source(config.path) else _model_problem(config.path)
+def _report_model(config: ModelConfig, trained: bool) -> Iterator[str]:
+    problem = None if known_source(config.path) else _model_problem(config.path, trained)
     _row("model", f"{config.path} ({config.dtype})", problem)
     if problem:
         yield f"model.path: {problem}"
+    if lora := config.lora:
+        where = ", ".join(lora.targets) if lora.targets else "all linear layers of the decoder"
+        _row("lora", f"rank {lora.rank}, alpha {lora.alpha:g}, {where}")
 
 
 def _report_quickstart(config: QuickstartConfig) -> None:
@@ -125,7 +128,7 @@ def _report_plan(config: DataRunConfig, device: str, processes: int | None) -> I
     if sp > 1 or size > 1:
         _row("parallel", f"start it with torchrun --nproc-per-node {size}", "; ".join(problems) or None)
     yield from problems
-    if problems or (_model_problem(config.model.path) and not known_source(config.model.path)):
+    if problems or shape_of(config.model.path) is None:
         return
     plan = make_plan(config, device, size)
     for line in plan_lines(plan):
@@ -135,8 +138,11 @@ def _report_plan(config: DataRunConfig, device: str, processes: int | None) -> I
 
 
 def _heads_problem(path: str, sp: int) -> str | None:
-    """None also where there is no model, which is another problem."""
-    shape = shape_of(path)
+    """None also where there is no model, or none whose sizes can be read, which is another problem."""
+    try:
+        shape = shape_of(path)
+    except ValueError:
+        return None
     problem = shape and _refusal(require_heads, shape.kv_heads, sp)
     return f"parallel.sp: {problem}" if problem else None
 
@@ -162,13 +168,21 @@ def _steps(loop: LoopConfig, rollout: RolloutConfig | None) -> str:
     )
 
 
-def _model_problem(path: str) -> str | None:
-    if not path.startswith("tiny:"):
-        if (Path(path) / "config.json").is_file():
-            return None
-        source = known_source(path)
-        return f"{path} is not a Hugging Face folder (no config.json)" + (f"; download {source}" if source else "")
-    family = path.removeprefix("tiny:")
+def _model_problem(path: str, trained: bool = False) -> str | None:
+    """trained: the run begins with it, rather than asks it."""
+    try:
+        base = base_path(path)
+        if base != path and trained:
+            return f"{path} holds adapters of {base}; merge them first: longrl export RUN --out DIR, then give DIR"
+        family = tiny_family(base)[0] if base.startswith("tiny:") else None
+    except ValueError as error:
+        return str(error)
+    if family is None:
+        there = (Path(base) / "config.json").is_file()
+        named = f"{base}, which the adapters in {path} belong to," if base != path else path
+        source = known_source(base)
+        missing = f"{named} is not a Hugging Face folder (no config.json)" + (f"; download {source}" if source else "")
+        return None if there else missing
     if family in FAMILIES:
         return None
     nearest = difflib.get_close_matches(family, FAMILIES, n=1)

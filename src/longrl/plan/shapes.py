@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from longrl.models import base_path
 from longrl.models.qwen_processor import DEFAULT_LIMITS, PROCESSOR_FILES, pixel_limits
 
 
@@ -146,13 +147,15 @@ def shape_of(path: str) -> ModelShape | None:
         None where there is neither.
 
     Raises:
-        ValueError: config.json is not one of a decoder of this kind.
+        ValueError: config.json is not one of a decoder of this kind, or the folder's adapters name no model.
     """
+    path = base_path(path)
     folder = Path(path)
     try:
         text = (folder / "config.json").read_text(encoding="utf-8")
     except OSError:
-        known = (shape for name, shape in SHAPES.items() if path == name or folder.name == name.rpartition("/")[2])
+        names = {path.partition("@")[0] if path.startswith("tiny:") else path, folder.name}
+        known = (shape for name, shape in SHAPES.items() if names & {name, name.rpartition("/")[2]})
         return next(known, None)
     try:
         config = json.loads(text)
