@@ -105,6 +105,11 @@ def _shape(config: DataRunConfig) -> ModelShape:
 
 def setup_of(config: DataRunConfig, shape: ModelShape) -> Setup:
     model, parallel, memory = config.model, config.parallel, config.memory
+    encoder = 0
+    if shape.vision is not None:
+        merger = shape.vision.merger_parameters(shape.width)
+        parts = {"projector": merger, "tower": shape.tower_parameters - merger}
+        encoder = sum(parts.get(part, 0) for part in model.train)
     return Setup(
         ulysses=parallel.sp,
         sharded=parallel.shard,
@@ -112,7 +117,11 @@ def setup_of(config: DataRunConfig, shape: ModelShape) -> Setup:
         offload=memory.offload,
         mlp_tile_tokens=memory.mlp_tile_tokens,
         weight_bytes=BYTES[model.dtype],
-        compute_bytes=BYTES[model.dtype],
+        compute_bytes=BYTES[model.compute_dtype or model.dtype],
+        lora_rank=model.lora.rank if model.lora else 0,
+        lora_targets=(model.lora.targets or tuple(shape.linears)) if model.lora else (),
+        language="language" in model.train,
+        encoder_parameters=encoder,
     )
 
 
