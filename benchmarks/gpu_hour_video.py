@@ -14,6 +14,7 @@ frozen weights, over the named peak of the GPU. The rate of the attention kernel
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import sys
 import time
@@ -59,7 +60,7 @@ class Tokens:
 
 
 class Work:
-    """A model with random weights, one prompt about a video that is encoded already, and the measured parts of steps."""
+    """A model with random weights, one prompt about a video that is encoded already, and the parts of a step, timed."""
 
     def __init__(self, args: argparse.Namespace, tokens: int) -> None:
         self.args, self.device = args, torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -142,8 +143,8 @@ class Work:
         if path != "fused" or peak is None:
             return {"device": device_name()}
         forward, suffix = self.operations()
-        weights_too = 1 if self.args.lora else 2  # how many products with weights a backward has for one of the forward
-        update = sum((weights_too + (part is suffix)) * part[0] + (2 + (part is suffix)) * part[1] for part in (forward, suffix))
+        weighted = 1 if self.args.lora else 2  # products with weights of a backward, for one of the forward
+        update = weighted * forward[0] + 2 * forward[1] + (1 + weighted) * suffix[0] + 3 * suffix[1]
         return {
             "device": device_name(),
             "mfu_prefill": sum(forward) / self.seconds["prefill"] / peak,
@@ -155,8 +156,9 @@ class Work:
         """Of a forward pass over the prompt and over the responses: (products with weights, attention). The last layer
         of the prompt's pass ends with its keys and values, and is left out."""
         args, config = self.args, self.family.model.config.get_text_config()
-        layers, width = config.num_hidden_layers, config.num_attention_heads * config.head_dim if hasattr(config, "head_dim") else config.hidden_size
-        block = sum(p.numel() for n, p in self.policy.trunk.blocks[0].named_parameters() if p.ndim > 1 and "lora" not in n)
+        layers, width = config.num_hidden_layers, config.hidden_size
+        named = self.policy.trunk.blocks[0].named_parameters()
+        block = sum(p.numel() for name, p in named if p.ndim > 1 and "lora" not in name)
         prompt, new = len(self.prompt) - 1, args.group_size * args.response_tokens
         head = 2 * new * config.hidden_size * config.vocab_size
         forward = (layers - 1) * 2 * block * prompt, (layers - 1) * 4 * width * prompt * prompt / 2
@@ -190,7 +192,7 @@ def make_prompt(family: Any, frames: int, tokens: int) -> Prompt:
     nearest to the whole number of tokens."""
     patches = frames // 2
     side = max(1, round((tokens / patches) ** 0.5))
-    other = max(1, -(-tokens // (patches * side)))
+    other = max(1, round(tokens / (patches * side)))
     count = patches * side * other
     generator = torch.Generator().manual_seed(0)
     media = MediaEmbeds(
@@ -210,7 +212,8 @@ def make_prompt(family: Any, frames: int, tokens: int) -> Prompt:
 def attention_rate(work: Work) -> dict[str, float]:
     """Operations a second of the kernel alone, causal, on 32k tokens: forward, backward (counted as two forwards)."""
     config = work.family.model.config.get_text_config()
-    heads, kv, dim = config.num_attention_heads, config.num_key_value_heads, config.hidden_size // config.num_attention_heads
+    heads, kv = config.num_attention_heads, config.num_key_value_heads
+    dim = config.hidden_size // heads
     total = 32768 if work.device.type == "cuda" else 512
     q, k, v = (torch.randn(1, n, total, dim, device=work.device, dtype=torch.bfloat16) for n in (heads, kv, kv))
     operations = 4 * heads * dim * total * total / 2
@@ -235,8 +238,11 @@ def device_name() -> str:
 
 
 def run(args: argparse.Namespace, path: str, tokens: int) -> dict[str, Any]:
+    gc.collect()  # the model of the run before
     work = Work(args, tokens)
     if work.device.type == "cuda":
+        attention_rate(work)  # loads the libraries
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     work.fused() if path == "fused" else work.plain_once()
     found = work.measured(path)
