@@ -139,7 +139,7 @@ class Tally:
         share, weight, wide = setup.sp if setup.sharded else 1, setup.weight_bytes, max(4, setup.weight_bytes)
         stored = weight * (shape.trunk_parameters / share + shape.tower_parameters)
         parts = {"weights": stored + wide * self.adapters / share}
-        if work.reference and not self.adapters:
+        if work.reference and not self.adapters and not setup.offload_reference:
             parts["reference weights"] = stored
         if work.trains:
             language = wide * self.adapters if self.adapters else weight * shape.trunk_parameters
@@ -147,9 +147,16 @@ class Tally:
             parts["optimizer"] = 2 * parts["gradients"]
         return parts
 
-    def gathered(self, blocks: int) -> dict[str, float]:
+    @property
+    def host_reference(self) -> float:
+        """Of a reference whose weights come to the device a layer at a time."""
+        share = self.setup.sp if self.setup.sharded else 1
+        trunk, tower = self.shape.trunk_parameters / share, self.shape.tower_parameters
+        return self.setup.weight_bytes * (trunk + tower) if self.setup.offload_reference else 0.0
+
+    def gathered(self, blocks: int, always: bool = False) -> dict[str, float]:
         """Weights that are copied or whole for a pass: the root's, and of so many layers."""
-        if not self.setup.copies_weights:
+        if not (self.setup.copies_weights or always):
             return {}
         shape = self.shape
         return {"gathered weights": self.b * (shape.root_parameters + blocks * shape.layer_parameters)}
@@ -216,7 +223,7 @@ def plan_memory(shape: ModelShape, work: Work, setup: Setup, device: Device) -> 
         phases["decode"] = here | t.decode | t.gathered(shape.layers)
     if work.reference:
         reference = {"reference's prefix KV": t.prefix_kv} | t.prefix_layer(False)
-        phases["reference"] = here | reference | t.gathered(2)
+        phases["reference"] = here | reference | t.gathered(2, always=setup.offload_reference)
     if work.trains:
         # a single micro-batch fills the gradients of the keys and values while it frees what it had kept; those of
         # several are added up in fp32
@@ -227,7 +234,8 @@ def plan_memory(shape: ModelShape, work: Work, setup: Setup, device: Device) -> 
         phases["prefix backward"] = here | grads | one | t.gathered(2) | t.reduced()
         # AdamW goes through all parameters at once on a GPU, one after another on the CPU
         phases["optimizer"] = steady | ({} if device.is_cpu else {"AdamW's denominators": steady["gradients"]})
+    on_host = {"layer inputs": host * setup.prompts_in_flight, "reference weights": t.host_reference}
     return Memory(
         phases={name: {part: int(size) for part, size in parts.items() if size} for name, parts in phases.items()},
-        host={"layer inputs": int(host * setup.prompts_in_flight)} if host else {},
+        host={part: int(size) for part, size in on_host.items() if size},
     )

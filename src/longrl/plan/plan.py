@@ -120,6 +120,7 @@ def setup_of(config: DataRunConfig, shape: ModelShape) -> Setup:
         compute_bytes=BYTES[model.compute_dtype or model.dtype],
         lora_rank=model.lora.rank if model.lora else 0,
         lora_targets=(model.lora.targets or tuple(shape.linears)) if model.lora else (),
+        offload_reference=isinstance(config, RlConfig) and config.algo.offload_reference,
         language="language" in model.train,
         encoder_parameters=encoder,
     )

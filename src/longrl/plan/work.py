@@ -51,6 +51,7 @@ class Setup:
     offload: bool = False
     """Layer inputs wait in host memory."""
     mlp_tile_tokens: int | None = None
+    offload_reference: bool = False
     prompts_in_flight: int = 1
     lora_rank: int = 0
     """0: all weights of the language model are trained."""
