@@ -126,7 +126,7 @@ class Tally:
             whole = layers * (token * (self.stream + self.saved) + self.b * self.saved_mlp(self.tokens)) + token * last
             return {"saved activations": whole + self.rope}, 0.0
         inputs = token * shape.width * shape.layers
-        kept = {"layer inputs": inputs}
+        kept: dict[str, float] = {"layer inputs": inputs}
         if setup.offload:
             kept["layer inputs"] = token * shape.width * 2  # one is used, one on its way
         if setup.recompute == "keep_attention":

@@ -132,16 +132,23 @@ def work_of(config: DataRunConfig, prompt: PromptSize) -> Work:
     # questions about one video have their text after what they share
     rest = 1 if share == 1 else prompt.text_tokens
     prefixes = ceil(config.prompts_per_step / share) if isinstance(config, TrainConfig) else 1
-    common = {"prompt_tokens": prompt.tokens, "prefixes": prefixes, "video_patches": prompt.patches}
+    work = Work(
+        prompt_tokens=prompt.tokens,
+        group_size=share,
+        response_tokens=rest + SFT_RESPONSE_TOKENS,
+        prefixes=prefixes,
+        rollout=False,
+        video_patches=prompt.patches,
+    )
     if isinstance(config, SftConfig):
-        return Work(group_size=share, response_tokens=rest + SFT_RESPONSE_TOKENS, rollout=False, **common)
+        return work
     assert isinstance(config, RlConfig | EvalRunConfig)
-    rollout, trains = config.rollout, isinstance(config, RlConfig)
-    return Work(
-        group_size=share * (rollout.group_size if trains else config.eval.samples),
-        response_tokens=rest + rollout.max_new_tokens,
-        max_streams=rollout.max_streams,
-        trains=trains,
-        reference=trains and config.algo.kl != "off",
-        **common,
+    return replace(
+        work,
+        group_size=share * (config.rollout.group_size if isinstance(config, RlConfig) else config.eval.samples),
+        response_tokens=rest + config.rollout.max_new_tokens,
+        max_streams=config.rollout.max_streams,
+        rollout=True,
+        trains=isinstance(config, RlConfig),
+        reference=isinstance(config, RlConfig) and config.algo.kl != "off",
     )
