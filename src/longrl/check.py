@@ -56,7 +56,7 @@ def require_model(config: ModelConfig, parallel: ParallelConfig | None = None) -
     """
     if problem := _model_problem(config.path):
         raise ValueError(f"model.path: {problem}")
-    if parallel and (problem := _heads_problem(config.path, parallel.sp)):
+    if parallel and (problem := _heads_problem(config.path, parallel)):
         raise ValueError(problem)
 
 
@@ -106,34 +106,35 @@ def _report_run(config: DataRunConfig) -> Iterator[str]:
 
 
 def _report_parallel(config: DataRunConfig) -> Iterator[str]:
-    sp, (_, size) = config.parallel.sp, rank_and_size()
+    sp, ring, (_, size) = config.parallel.sp, config.parallel.ring, rank_and_size()
     if sp == size == 1:
         return
     text = f"{sp} processes share a prompt" + (" and the weights" if config.parallel.shard else "")
+    text += f", in rings of {ring}" if ring > 1 else ""
     if size == 1:  # checked before the run is started
         text += f"; start it with torchrun --nproc-per-node {sp}, or a multiple"
     else:
         text += f", {size} in all"
-    problems = [_heads_problem(config.model.path, sp), _refusal(require_world, size, sp) if size > 1 else None]
+    problems = [_heads_problem(config.model.path, config.parallel), _refusal(require_world, size, sp) if size > 1 else None]
     problems = [problem for problem in problems if problem]
     _row("parallel", text, "; ".join(problems) or None)
     yield from problems
 
 
-def _heads_problem(path: str, sp: int) -> str | None:
+def _heads_problem(path: str, parallel: ParallelConfig) -> str | None:
     """None also where the heads are not known before the model is made."""
     try:
         config = json.loads((Path(path) / "config.json").read_text(encoding="utf-8"))
         kv_heads = int(config.get("text_config", config)["num_key_value_heads"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
-    problem = _refusal(require_heads, kv_heads, sp)
+    problem = _refusal(require_heads, kv_heads, parallel.sp, parallel.ring)
     return problem and f"parallel.sp: {problem}"
 
 
-def _refusal(require: Callable[[int, int], None], first: int, second: int) -> str | None:
+def _refusal(require: Callable[..., None], *numbers: int) -> str | None:
     try:
-        require(first, second)
+        require(*numbers)
     except ValueError as error:
         return str(error)
     return None

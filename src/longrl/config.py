@@ -128,10 +128,21 @@ class ParallelConfig(Section):
 
     sp: Annotated[int, Field(ge=1)] = 1
     """Processes that share each prompt, its tokens, keys and values; groups of so many take different prompts."""
+    ring: Annotated[int, Field(ge=1)] = 1
+    """Parts that the keys and values of a prompt are split into, beside the split of heads over sp / ring processes."""
     shard: bool = False
     """Keep 1/sp of the weights, gradients and optimizer state on each process that shares a prompt (FSDP2)."""
     timeout_s: Annotated[float, Field(gt=0)] = 1800.0
     """How long a process waits for the others before it gives the run up."""
+
+    @model_validator(mode="after")
+    def _whole_rings(self) -> ParallelConfig:
+        if self.sp % self.ring:
+            raise ValueError(
+                f"ring is {self.ring}, but sp is {self.sp}, expected a multiple of it: {self.sp} = "
+                f"{self.sp // self.ring} x {self.ring} + {self.sp % self.ring}; choose another sp or ring"
+            )
+        return self
 
     @model_validator(mode="after")
     def _something_to_shard_over(self) -> ParallelConfig:

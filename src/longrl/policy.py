@@ -49,7 +49,8 @@ class Policy:
             ValueError: the model's heads cannot be dealt to that many ranks.
         """
         if sp is not None:
-            require_heads(family.model.config.get_text_config().num_key_value_heads, sp.size)
+            kv_heads = family.model.config.get_text_config().num_key_value_heads
+            require_heads(kv_heads, sp.size, sp.size // sp.heads.size)
         self.family = family
         self.trunk = Trunk(family.parts(), recompute=recompute, sp=sp)
         if sharded:

@@ -1,4 +1,4 @@
-"""What each process of the sequence-parallel tests does: every case in groups of 4, 2 and 1 ranks, in one start.
+"""What each process of the sequence-parallel tests does: every case in groups of up to 4 ranks, in one start.
 
 The same functions without a group are the slow twin: one process, the same weights.
 """
@@ -23,12 +23,16 @@ from longrl.config import RolloutConfig
 from longrl.models.qwen_vl import Qwen25VL
 from longrl.models.streams import make_streams
 from longrl.parallel.gradients import sum_gradients
+from longrl.parallel.ranks import make_ranks
 from longrl.parallel.sequence import SequenceGroup
 from longrl.policy import Policy
 from longrl.rollout.native import NativeEngine
 from longrl.types import Example, MediaEmbeds, Prompt
 
-SIZES = (4, 2, 1)
+LAYOUTS = ((4, 1), (2, 1), (1, 1), (2, 2), (1, 4), (1, 2))
+"""Ranks that share the heads, and the places of a ring that share the tokens."""
+WORLD = 4
+TIMEOUT = timedelta(seconds=60)
 HEAD_DIM, LAYERS = 16, 2
 ENGINE_SEEDS = [11, 12]
 
@@ -70,6 +74,7 @@ CASES = {
         heads=4, kv_heads=4, dtype=torch.float32, layout=(1, 36), questions=(1, 1), responses=(3,)
     ),
     "labels on the last rank alone": Case(heads=8, kv_heads=4, layout=(2, 9), questions=(25, 24), responses=(2,)),
+    "a prefix of a token a rank": Case(heads=4, layout=(4,), questions=(1,), responses=(3, 2)),
     "one token to score": Case(heads=4, layout=(2, 9), questions=(1,), responses=(1,)),
 }
 
@@ -218,7 +223,8 @@ def refuse(sp: SequenceGroup) -> dict[str, Any]:
     return {
         "short": _message(lambda: policy.prefix([too_short])),
         "heads": _message(lambda: Policy(make_family(3, 3, torch.float32), sp=sp)),
-        "spans": {total: sp.span(total) for total in range(sp.size, 40)},
+        "span": {total: sp.span(total) for total in range(sp.size, 40)},
+        "spans": {total: sp.spans(total) for total in range(sp.size, 40)},
     }
 
 
@@ -245,8 +251,7 @@ def run(rank: int, size: int, folder: str) -> None:
     """The process of one rank: writes what it found to FOLDER/RANK.pt."""
     torch.set_num_threads(1)
     store = dist.FileStore(f"{folder}/store", size)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=60))
-    groups = {n: dist.new_group(list(range(n))) for n in SIZES}
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=TIMEOUT)
     jobs: dict[str, Callable[[SequenceGroup], dict[str, Any]]] = {
         **{name: lambda sp, case=case: train(case, sp) for name, case in CASES.items()},
         "decode 0.9": lambda sp: decode(0.9, sp),
@@ -256,11 +261,14 @@ def run(rank: int, size: int, folder: str) -> None:
         "sum": summed,
     }
     found = {}
-    for n in SIZES:
+    for heads, ring in LAYOUTS:
+        n = heads * ring
+        ranks, only = make_ranks(n, n, TIMEOUT, ring), dist.new_group([0])
         if rank < n:
             for name, job in jobs.items():
-                sp = SequenceGroup(groups[n])
-                found[name, n] = {**job(sp), "bytes": dict(sp.bytes_sent)}
+                sp = ranks.sp or SequenceGroup(only)
+                sp.bytes_sent.clear()
+                found[name, (heads, ring)] = {**job(sp), "bytes": dict(sp.bytes_sent)}
     torch.save(found, Path(folder) / f"{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()

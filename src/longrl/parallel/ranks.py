@@ -3,7 +3,7 @@
     sp  ranks that share every prompt and make the same calls     (sequence.py)
     dp  groups of those, each with cohorts of its own
 
-Process number = dp rank x sp + rank in its sp group. Process 0 is the main one, which alone writes. A run of one
+Process number = dp rank x sp + rank in its sp group, which sequence.py lays out further. Process 0 is the main one, which alone writes. A run of one
 process has no process group, and none of the messages below.
 """
 
@@ -37,13 +37,13 @@ class Ranks:
         self,
         everyone: dist.ProcessGroup | None = None,
         dp: dist.ProcessGroup | None = None,
-        sp: dist.ProcessGroup | None = None,
+        sp: SequenceGroup | None = None,
     ) -> None:
-        """Without groups: one process. Otherwise all three, of which sp may have one rank."""
+        """Without groups: one process. sp: None: every rank takes prompts of its own."""
         self.everyone, self.dp = everyone, dp
         self.rank, self.size = _place(everyone)
         self.dp_rank, self.dp_size = _place(dp)
-        self.sp = None if sp is None or dist.get_world_size(sp) == 1 else SequenceGroup(sp)
+        self.sp = sp
 
     @property
     def is_main(self) -> bool:
@@ -84,7 +84,7 @@ def start_ranks(config: ParallelConfig) -> Iterator[Ranks]:
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, timeout=timeout)
     try:
-        yield make_ranks(size, config.sp, timeout)
+        yield make_ranks(size, config.sp, timeout, config.ring)
     except RuntimeError as error:
         if not isinstance(error, dist.DistError) and "gloo" not in str(error):  # whose errors have no type of their own
             raise
@@ -97,20 +97,23 @@ def start_ranks(config: ParallelConfig) -> Iterator[Ranks]:
     dist.destroy_process_group()
 
 
-def make_ranks(size: int, sp: int, timeout: timedelta) -> Ranks:
+def make_ranks(size: int, sp: int, timeout: timedelta, ring: int = 1) -> Ranks:
     """A mesh of the first `size` processes. Every process calls it; what those outside get is of no use.
 
     Args:
         size: a multiple of sp.
+        ring: a divisor of sp.
         timeout: how long a rank waits for the others. A new group does not inherit it.
     """
-    mesh = torch.arange(size).view(-1, sp)
+    mesh = torch.arange(size).view(-1, ring, sp // ring)
+
+    def mine(groups: torch.Tensor) -> Any:
+        return dist.new_subgroups_by_enumeration(groups.tolist(), timeout=timeout)[0]
+
     everyone: Any = dist.new_group(mesh.flatten().tolist(), timeout=timeout)
-    dp: Any
-    shared: Any
-    dp, _ = dist.new_subgroups_by_enumeration(mesh.T.tolist(), timeout=timeout)
-    shared, _ = dist.new_subgroups_by_enumeration(mesh.tolist(), timeout=timeout)
-    return Ranks(everyone, dp, shared)
+    dp, shared = mine(mesh.flatten(1).T), mine(mesh.flatten(1))
+    rows_and_columns = (mine(mesh.flatten(0, 1)), mine(mesh.transpose(1, 2).flatten(0, 1))) if ring > 1 else ()
+    return Ranks(everyone, dp, SequenceGroup(shared, *rows_and_columns) if sp > 1 else None)
 
 
 def _place(group: dist.ProcessGroup | None) -> tuple[int, int]:
