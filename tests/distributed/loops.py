@@ -42,12 +42,14 @@ class Layout:
     dp: int
     sp: int
     shard: bool = False
+    ring: int = 1
 
     def __str__(self) -> str:
-        return f"dp {self.dp}, sp {self.sp}" + (", sharded" if self.shard else "")
+        ring = f" in rings of {self.ring}" if self.ring > 1 else ""
+        return f"dp {self.dp}, sp {self.sp}{ring}" + (", sharded" if self.shard else "")
 
 
-LAYOUTS = [Layout(2, 1), Layout(1, 2), Layout(2, 2), Layout(1, 2, True), Layout(2, 2, True)]
+LAYOUTS = [Layout(2, 1), Layout(1, 2), Layout(2, 2), Layout(1, 2, True), Layout(2, 2, True), Layout(1, 4, True, ring=2)]
 
 JOBS: dict[str, dict[str, Any]] = {
     "recorded": {"kind": "rl", "steps": 10, "algo": {"max_logprob_diff": 1e9}},  # a test is to say what is wrong
@@ -137,7 +139,7 @@ def watch() -> None:
 
 def run_job(job: str, folder: Path, rows: dict[str, str], ranks: Ranks, layout: Layout) -> dict[str, Any]:
     """One run, and what this rank knows after it."""
-    parallel = {"sp": layout.sp, "shard": layout.shard}
+    parallel = {"sp": layout.sp, "ring": layout.ring, "shard": layout.shard}
     settings = base(job, folder, rows) | {"parallel": parallel}
     recording = folder.parent / "recorded.pickle"
     Engine.drawn, Engine.recorded = {}, {}
@@ -224,7 +226,7 @@ def run(rank: int, size: int, folder: str, rows: dict[str, str]) -> None:
     watch()
     found: dict[Any, Any] = {}
     for layout in LAYOUTS:
-        ranks = make_ranks(layout.dp * layout.sp, layout.sp, TIMEOUT)
+        ranks = make_ranks(layout.dp * layout.sp, layout.sp, TIMEOUT, layout.ring)
         if rank < layout.dp * layout.sp:
             for job in (job for job in JOBS if job != "resumed"):
                 began = time.perf_counter()
@@ -232,7 +234,7 @@ def run(rank: int, size: int, folder: str, rows: dict[str, str]) -> None:
                 found[job, layout]["seconds"] = time.perf_counter() - began
     for name in list(RESUMED)[1:3]:
         layout = next(layout for layout in LAYOUTS if str(layout) == name)
-        ranks = make_ranks(layout.dp * layout.sp, layout.sp, TIMEOUT)
+        ranks = make_ranks(layout.dp * layout.sp, layout.sp, TIMEOUT, layout.ring)
         if rank < layout.dp * layout.sp:
             resume(name, Path(folder), rows, ranks, layout)
     found["held"] = held(make_ranks(size, 2, TIMEOUT))

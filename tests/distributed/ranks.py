@@ -177,6 +177,21 @@ def decode(temperature: float, sp: SequenceGroup | None) -> dict[str, Any]:
     return {"rollouts": [one for group in groups for one in group.rollouts]}
 
 
+def agree(sp: SequenceGroup | None) -> dict[str, Any]:
+    """The largest difference between the log-probs that the engine records and those that the trainer computes, fp32."""
+    family = make_family(None, 2, torch.float32)
+    policy = Policy(family, sp=sp)
+    examples = [Example(id=f"q{i}", messages=(), answer=None, kind="open") for i in range(len(DECODE.questions))]
+    engine = NativeEngine(policy, RolloutConfig(group_size=4, max_new_tokens=12))
+    with torch.no_grad():
+        [(groups, prefix)] = engine.rollout(examples, make_prompts(family, DECODE), ENGINE_SEEDS)
+    rows = [(group.prompt, one) for group in groups for one in group.rollouts]
+    streams = make_streams([prompt for prompt, _ in rows], [one.token_ids for _, one in rows], prefix.length)
+    trainer, _ = policy.logprobs(prefix, streams)
+    recorded = torch.tensor([x for _, one in rows for x in one.logprobs])
+    return {"difference": (trainer[streams.mask] - recorded).abs().max().item(), "tokens": len(recorded)}
+
+
 LONG = Case(heads=8, kv_heads=4, layout=(7, 111, 3, 81), questions=(2,), responses=())
 
 
@@ -256,6 +271,7 @@ def run(rank: int, size: int, folder: str) -> None:
         **{name: lambda sp, case=case: train(case, sp) for name, case in CASES.items()},
         "decode 0.9": lambda sp: decode(0.9, sp),
         "decode 0": lambda sp: decode(0.0, sp),
+        "agree": agree,
         "hold": hold,
         "refuse": refuse,
         "sum": summed,
