@@ -67,7 +67,7 @@ def distance(ours: str, theirs: str) -> tuple[float, float]:
     return float(whole[0] / whole[1]), max(float(apart / norm.clamp(min=1e-3)) for apart, norm in each.values())
 
 
-def farthest(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> float:
+def farthest(ours: list[dict[str, Any]], theirs: list[dict[str, Any]], rounding: float = 1e-5) -> float:
     """The largest difference of a metric, relative to it. Times may differ, as may rounding, which logprob_diff is."""
     largest = 0.0
     for one, other in zip(ours, theirs, strict=True):
@@ -76,7 +76,7 @@ def farthest(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> float:
             if value is None:
                 assert one[name] is None
             elif name == "sampling/logprob_diff":
-                assert one[name] < 1e-5
+                assert one[name] < rounding
             elif name != "wall_s" and not name.startswith("time/"):
                 largest = max(largest, abs(one[name] - value) / max(abs(value), 1e-3))
     return largest
@@ -100,7 +100,10 @@ def test_metrics_are_those_of_one_process(found, job, layout):
     ours, theirs = found.metrics(job, str(layout)), found.metrics(job, "alone")
     assert len(ours) == JOBS[job]["steps"]
     assert theirs[-1]["data/skipped"] == 5
-    assert farthest(ours, theirs) < (1e-5 if job == "recorded" else 1e-9)
+    # a ring sums attention in another order than one process, whose log-probs the recorded ones are: the weights that
+    # follow differ in their last digits, and AdamW makes those of k_proj.bias large
+    rounding = 1e-4 if job == "recorded" and layout.ring > 1 else 1e-5
+    assert farthest(ours, theirs, rounding) < (1e-5 if job == "recorded" else 1e-9)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)

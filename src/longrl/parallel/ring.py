@@ -104,7 +104,10 @@ class _Ring(torch.autograd.Function):
                 out = out.to(lse.dtype)
             elif seen.stop != 0:
                 more = flash(q[None, :, rows], *kv[:, None, :, seen], False, scale)
-                out[:, :, rows], lse[:, :, rows] = merge(out[:, :, rows], lse[:, :, rows], *more)
+                first = rows.start or 0
+                merged = merge(out[:, :, first:], lse[:, :, first:], *more)
+                # not in place: recomputation may keep what a kernel gave
+                out, lse = (torch.cat([a[:, :, :first], b], 2) for a, b in zip((out, lse), merged, strict=True))
         out = out[0].to(q.dtype)
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.ring, ctx.lengths, ctx.scale = ring, lengths, scale
@@ -138,10 +141,11 @@ class _RingStreams(torch.autograd.Function):
         all_q, all_k, all_v = _streams(_gather([q, k, v], ring, lengths, kind), heads, streams)
         wide = (widen(x) for x in (fold(all_q, len(k)), far_k[None], far_v[None]))
         out, lse = (unfold(x, all_q) for x in flash(*wide, False, scale))
-        out, lse, own = out.to(lse.dtype), lse.contiguous(), _own_streams(ring, streams)
+        out, own = out.to(lse.dtype), _own_streams(ring, streams)
         if own.start < own.stop:
             near = flash(*(widen(x[own]) for x in (all_q, all_k, all_v)), True, scale)
-            out[own], lse[own] = merge(out[own], lse[own], *near)
+            merged = zip((out, lse), merge(out[own], lse[own], *near), strict=True)
+            out, lse = (torch.cat([a[: own.start], b, a[own.stop :]]) for a, b in merged)
         # [N, H, R, d + 1] -> tokens first, each to its place, which merges what all made of it
         parts = torch.cat([out, lse[..., None]], -1).transpose(1, 2).flatten(0, 1)
         mine = lengths[ring.rank]
