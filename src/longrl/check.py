@@ -115,7 +115,8 @@ def _report_parallel(config: DataRunConfig) -> Iterator[str]:
         text += f"; start it with torchrun --nproc-per-node {sp}, or a multiple"
     else:
         text += f", {size} in all"
-    problems = [_heads_problem(config.model.path, config.parallel), _refusal(require_world, size, sp) if size > 1 else None]
+    world = _refusal(require_world, size, sp) if size > 1 else None
+    problems = [_heads_problem(config.model.path, config.parallel), world]
     problems = [problem for problem in problems if problem]
     _row("parallel", text, "; ".join(problems) or None)
     yield from problems

@@ -183,7 +183,7 @@ def decode(temperature: float, sp: SequenceGroup | None) -> dict[str, Any]:
 
 
 def agree(sp: SequenceGroup | None) -> dict[str, Any]:
-    """The largest difference between the log-probs that the engine records and those that the trainer computes, fp32."""
+    """The largest difference between the log-probs that the engine records and that the trainer computes, fp32."""
     family = make_family(None, 2, torch.float32)
     policy = Policy(family, sp=sp)
     examples = [Example(id=f"q{i}", messages=(), answer=None, kind="open") for i in range(len(DECODE.questions))]

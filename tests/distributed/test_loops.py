@@ -67,7 +67,7 @@ def distance(ours: str, theirs: str) -> tuple[float, float]:
     return float(whole[0] / whole[1]), max(float(apart / norm.clamp(min=1e-3)) for apart, norm in each.values())
 
 
-def farthest(ours: list[dict[str, Any]], theirs: list[dict[str, Any]], rounding: float = 1e-5) -> float:
+def farthest(ours: list[dict[str, Any]], theirs: list[dict[str, Any]], *, rounding: float = 1e-5) -> float:
     """The largest difference of a metric, relative to it. Times may differ, as may rounding, which logprob_diff is."""
     largest = 0.0
     for one, other in zip(ours, theirs, strict=True):
@@ -103,7 +103,7 @@ def test_metrics_are_those_of_one_process(found, job, layout):
     # a ring sums attention in another order than one process, whose log-probs the recorded ones are: the weights that
     # follow differ in their last digits, and AdamW makes those of k_proj.bias large
     rounding = 1e-4 if job == "recorded" and layout.ring > 1 else 1e-5
-    assert farthest(ours, theirs, rounding) < (1e-5 if job == "recorded" else 1e-9)
+    assert farthest(ours, theirs, rounding=rounding) < (1e-5 if job == "recorded" else 1e-9)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)

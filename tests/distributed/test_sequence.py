@@ -230,12 +230,12 @@ def test_a_prefix_is_dealt_to_a_ring_from_both_ends(found, layout):
         tokens = [[i for span in spans for i in range(total)[span]] for spans in by_rank]
         assert sorted(i for some in tokens for i in some) == list(range(total))
         assert all(some == sorted(some) and len(spans) <= 2 for some, spans in zip(tokens, by_rank, strict=True))
-        assert [len(some) for some in tokens] == [len(range(total)[rank]) for rank in
-                                                  (found[r]["refuse", layout]["span"][total] for r in range(size))]  # fmt: skip
+        of_streams = [found[rank]["refuse", layout]["span"][total] for rank in range(size)]
+        assert [len(some) for some in tokens] == [span.stop - span.start for span in of_streams]
         if layout[1] == 1:
             assert all(len(spans) == 1 for spans in by_rank)
-        work = [sum(i + 1 for some in tokens[place * layout[0] :][: layout[0]] for i in some) for place in
-                range(layout[1])]  # fmt: skip
+        by_token = [sum(i + 1 for i in some) for some in tokens]
+        work = [sum(by_token[first : first + layout[0]]) for first in range(0, size, layout[0])]
         assert max(work) - min(work) <= 2 * total
 
 

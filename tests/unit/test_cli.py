@@ -183,8 +183,16 @@ def test_check_of_several_processes(longrl, base, tmp_path, monkeypatch):
     assert done.returncode == 0
     assert "2 processes share a prompt and the weights; start it with torchrun --nproc-per-node 2" in done.stdout
     assert "shard is true, but sp is 1" in longrl("check", base, "parallel.shard=true").stderr
+    assert (
+        "4 processes share a prompt, in rings of 2" in longrl("check", base, "parallel.sp=4", "parallel.ring=2").stdout
+    )
+    wrong = longrl("check", base, "parallel.sp=6", "parallel.ring=4").stderr
+    assert "ring is 4, but sp is 6, expected a multiple of it: 6 = 1 x 4 + 2" in wrong
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text('{"text_config": {"num_key_value_heads": 4}}')
+    wrong = longrl("check", base, "parallel.sp=12", "parallel.ring=2", "model.path=model").stderr
+    assert "4 KV heads cannot be dealt to 6 sequence-parallel ranks (12 in rings of 2)" in wrong
+    assert longrl("check", base, "parallel.sp=6", "parallel.ring=3", "model.path=model").returncode == 0
     monkeypatch.setenv("WORLD_SIZE", "8")
     done = longrl("check", base, "parallel.sp=6", "model.path=model")
     assert done.returncode == 2

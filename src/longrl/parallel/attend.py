@@ -86,7 +86,8 @@ def attend_decode_part(
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     lse = logits.logsumexp(-1)
     weights = (logits - lse[..., None]).exp().to(k.dtype)
-    return _decode_values(weights, v, prefix[1], q.shape[2]).to(lse.dtype), lse.unflatten(2, (-1, q.shape[2])).flatten(1, 2)
+    out = _decode_values(weights, v, prefix[1], q.shape[2])
+    return out.to(lse.dtype), lse.unflatten(2, (-1, q.shape[2])).flatten(1, 2)
 
 
 def _decode_logits(q: Tensor, k: Tensor, hidden: Tensor, far_k: Tensor, scale: float) -> Tensor:

@@ -3,8 +3,8 @@
     sp  ranks that share every prompt and make the same calls     (sequence.py)
     dp  groups of those, each with cohorts of its own
 
-Process number = dp rank x sp + rank in its sp group, which sequence.py lays out further. Process 0 is the main one, which alone writes. A run of one
-process has no process group, and none of the messages below.
+Process number = dp rank x sp + rank in its sp group, which sequence.py lays out further. Process 0 is the main one,
+which alone writes. A run of one process has no process group, and none of the messages below.
 """
 
 from __future__ import annotations

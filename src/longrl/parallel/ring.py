@@ -103,7 +103,7 @@ class _Ring(torch.autograd.Function):
                 out, lse = flash(q[None], k[None], v[None], True, scale)
                 out = out.to(lse.dtype)
             elif seen.stop != 0:
-                more = flash(q[None, :, rows], *kv[:, None, :, seen], False, scale)
+                more = flash(q[None, :, rows], kv[0, None, :, seen], kv[1, None, :, seen], False, scale)
                 first = rows.start or 0
                 merged = merge(out[:, :, first:], lse[:, :, first:], *more)
                 # not in place: recomputation may keep what a kernel gave
@@ -122,14 +122,22 @@ class _Ring(torch.autograd.Function):
             rows, seen = _sees(ring.rank, owner, lengths)
             share = torch.zeros_like(kv, dtype=lse.dtype)
             if seen.stop != 0:
-                ours = [x[None, :, rows] for x in (grad, q)]
-                merged = out[None, :, rows], lse[:, :, rows]
-                part = flash_backward(*ours, *kv[:, None, :, seen], *merged, owner == ring.rank, ctx.scale)
-                gq[:, rows] += part[0][0]
-                share[:, :, seen] = torch.cat(part[1:]).to(share.dtype)
+                part_q, part_k, part_v = flash_backward(
+                    grad[None, :, rows],
+                    q[None, :, rows],
+                    kv[0, None, :, seen],
+                    kv[1, None, :, seen],
+                    out[None, :, rows],
+                    lse[:, :, rows],
+                    owner == ring.rank,
+                    ctx.scale,
+                )
+                gq[:, rows] += part_q[0]
+                share[0, :, seen], share[1, :, seen] = part_k[0], part_v[0]
             if sums is not None:
                 share += sums.wait()
             sums = _pass_on(share, owner, ring, lengths, _GRADIENTS)
+        assert sums is not None
         gk, gv = sums.wait()  # back home
         return gq.to(q.dtype), gk.to(k.dtype), gv.to(v.dtype), None, None, None
 
@@ -139,11 +147,11 @@ class _RingStreams(torch.autograd.Function):
     def forward(ctx, q, k, v, far_k, far_v, ring, lengths, kind, streams, scale):
         heads = [len(q), len(k), len(v)]
         all_q, all_k, all_v = _streams(_gather([q, k, v], ring, lengths, kind), heads, streams)
-        wide = (widen(x) for x in (fold(all_q, len(k)), far_k[None], far_v[None]))
-        out, lse = (unfold(x, all_q) for x in flash(*wide, False, scale))
-        out, own = out.to(lse.dtype), _own_streams(ring, streams)
+        out, lse = flash(widen(fold(all_q, len(k))), widen(far_k[None]), widen(far_v[None]), False, scale)
+        out, lse = unfold(out, all_q).to(lse.dtype), unfold(lse, all_q)
+        own = _own_streams(ring, streams)
         if own.start < own.stop:
-            near = flash(*(widen(x[own]) for x in (all_q, all_k, all_v)), True, scale)
+            near = flash(widen(all_q[own]), widen(all_k[own]), widen(all_v[own]), True, scale)
             merged = zip((out, lse), merge(out[own], lse[own], *near), strict=True)
             out, lse = (torch.cat([a[: own.start], b, a[own.stop :]]) for a, b in merged)
         # [N, H, R, d + 1] -> tokens first, each to its place, which merges what all made of it
@@ -166,15 +174,16 @@ class _RingStreams(torch.autograd.Function):
         all_q, all_k, all_v, grad, out = _streams(everyones, [*heads, len(q), len(q)], streams)
         (lse,) = _streams(_gather([lse[..., None]], ring, lengths, kind), [len(q)], streams)
         lse = lse[..., 0]
-        far = (fold(x, len(k)) for x in (grad, all_q)), (fold(x, len(k)) for x in (out, lse))
-        gq, gfar_k, gfar_v = flash_backward(*far[0], far_k[None], far_v[None], *far[1], False, scale)
+        far_grad, far_q, far_out, far_lse = (fold(x, len(k)) for x in (grad, all_q, out, lse))
+        far = far_k[None], far_v[None]
+        gq, gfar_k, gfar_v = flash_backward(far_grad, far_q, *far, far_out, far_lse, False, scale)
         gq, own = unfold(gq, all_q), _own_streams(ring, streams)
         gkv = torch.zeros_like(torch.cat([all_k, all_v], 1))
         if own.start < own.stop:
-            inputs = (x[own] for x in (grad, all_q, all_k, all_v, out, lse))
-            near_q, *near_kv = flash_backward(*inputs, True, scale)
+            near = all_k[own], all_v[own], out[own], lse[own]
+            near_q, near_k, near_v = flash_backward(grad[own], all_q[own], *near, True, scale)
             gq[own] += near_q
-            gkv[own] = torch.cat(near_kv, 1)
+            gkv[own] = torch.cat([near_k, near_v], 1)
         parts = torch.cat([gq, gkv], 1).transpose(1, 2).flatten(0, 1)
         mine = lengths[ring.rank]
         parts = ring.all_to_all(parts, [mine] * ring.size, lengths, kind).unflatten(0, (ring.size, mine))
