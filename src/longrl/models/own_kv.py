@@ -18,10 +18,11 @@ class OwnKV:
             max_new: tokens to be decoded after those.
             place, places: of a ring, whose places keep every so many-th token each.
         """
+        lengths = lengths.to(prefix.keys[0].device)
         longest, self.place = int(lengths.max()), (place, places)
         self.filled = 0
         """Tokens that have been fed, on all places."""
-        self.positions = torch.arange(place, longest + max_new, places)
+        self.positions = torch.arange(place, longest + max_new, places, device=lengths.device)
         """int64 [size]: which tokens are kept here."""
         self.padding = self.positions < (longest - lengths)[:, None]
         """bool [N, size]: True where there is no token."""
@@ -42,7 +43,7 @@ class OwnKV:
         kept = slice(start * places + place - self.filled, None, places)
         self.keys[layer][:, :, start:end] = k[:, :, kept]
         self.values[layer][:, :, start:end] = v[:, :, kept]
-        new = torch.arange(self.filled, self.filled + k.shape[2])
+        new = torch.arange(self.filled, self.filled + k.shape[2], device=k.device)
         hidden = self.padding[:, None, :end] | (self.positions[:end] > new[:, None])
         return self.keys[layer][:, :, :end], self.values[layer][:, :, :end], hidden
 
