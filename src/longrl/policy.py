@@ -54,15 +54,22 @@ class Policy:
         Raises:
             ValueError: the model's heads cannot be dealt to that many ranks.
         """
-        if sp is not None:
-            kv_heads = family.model.config.get_text_config().num_key_value_heads
-            require_heads(kv_heads, sp.size, sp.size // sp.heads.size)
+        _require_heads(family, sp)
         self.family = family
         self.trunk = Trunk(family.parts(), memory=memory, sp=sp)
         if sharded:
             assert sp is not None, "one rank has nobody to share the weights with"
             shard(self.trunk, self.trunk.blocks, sp)
         self.version = 0
+
+    def share_with(self, sp: SequenceGroup | None) -> None:
+        """From now on these ranks share every prompt; not where they share the weights.
+
+        Raises:
+            ValueError: the model's heads cannot be dealt to that many ranks.
+        """
+        _require_heads(self.family, sp)
+        self.trunk.sp = sp
 
     def prefix(self, prompts: Sequence[Prompt]) -> Prefix:
         """Computes, once, the tokens that all these prompts share (of a single prompt: all but the last)."""
@@ -97,6 +104,12 @@ class Policy:
             [leaf.grad if leaf.grad is not None else torch.zeros_like(leaf) for leaf in leaves.keys + leaves.values],
         )
         prefix.release()
+
+
+def _require_heads(family: Family, sp: SequenceGroup | None) -> None:
+    if sp is not None:
+        kv_heads = family.model.config.get_text_config().num_key_value_heads
+        require_heads(kv_heads, sp.size, sp.size // sp.heads.size)
 
 
 def load_policy(model: ModelConfig, config: DataRunConfig, ranks: Ranks) -> Policy:

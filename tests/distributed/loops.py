@@ -43,13 +43,33 @@ class Layout:
     sp: int
     shard: bool = False
     ring: int = 1
+    auto: bool = False
 
     def __str__(self) -> str:
+        if self.auto:
+            return f"{self.dp} processes, laid out by prompt"
         ring = f" in rings of {self.ring}" if self.ring > 1 else ""
         return f"dp {self.dp}, sp {self.sp}{ring}" + (", sharded" if self.shard else "")
 
 
-LAYOUTS = [Layout(2, 1), Layout(1, 2), Layout(2, 2), Layout(1, 2, True), Layout(2, 2, True), Layout(1, 4, True, ring=2)]
+LAYOUTS = [
+    Layout(2, 1),
+    Layout(1, 2),
+    Layout(2, 2),
+    Layout(1, 2, True),
+    Layout(2, 2, True),
+    Layout(1, 4, True, ring=2),
+    Layout(4, 1, auto=True),
+]
+
+
+def degree(tokens: int) -> tuple[int, int]:
+    """A made-up rule: short prompts stay on one process, the next longer are shared by two, ..."""
+    return next(degree for most, degree in DEGREES if tokens <= most)
+
+
+DEGREES = [(60, (1, 1)), (63, (2, 1)), (64, (2, 2))]
+"""Prompts of up to so many tokens; the longest about a video have 56, 63 or 64."""
 
 JOBS: dict[str, dict[str, Any]] = {
     "recorded": {"kind": "rl", "steps": 10, "algo": {"max_logprob_diff": 1e9}},  # a test is to say what is wrong
@@ -124,13 +144,14 @@ class Kept(Training):
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        Kept.last, self.shares = self, []
+        Kept.last, self.shares, self.degrees = self, [], set()
 
     def draw(self, examples: Any, step: int) -> Any:
         if step > self.stop_after:
             raise StopError
         batch = super().draw(examples, step)
-        self.shares.append([example.id for example in batch.examples])
+        self.shares.append([example.id for share in batch.shares for example in share.examples])
+        self.degrees |= {(share.ranks.dp_size, share.ranks.sp and share.ranks.sp.heads.size) for share in batch.shares}
         return batch
 
 
@@ -152,7 +173,13 @@ def run_job(job: str, folder: Path, rows: dict[str, str], ranks: Ranks, layout: 
         model = train_sft(SftConfig.model_validate(settings), ranks)
     else:
         model = train_rl(RlConfig.model_validate(settings), ranks)
-    return {"model": str(model), "drawn": Engine.drawn, "shares": Kept.last.shares, "digest": digest(Kept.last)}
+    return {
+        "model": str(model),
+        "drawn": Engine.drawn,
+        "shares": Kept.last.shares,
+        "degrees": Kept.last.degrees,
+        "digest": digest(Kept.last),
+    }
 
 
 def digest(training: Training) -> str:
@@ -227,7 +254,8 @@ def run(rank: int, size: int, folder: str, rows: dict[str, str]) -> None:
     watch()
     found: dict[Any, Any] = {}
     for layout in LAYOUTS:
-        ranks = make_ranks(layout.dp * layout.sp, layout.sp, TIMEOUT, layout.ring)
+        rule = degree if layout.auto else None
+        ranks = make_ranks(layout.dp * layout.sp, layout.sp, TIMEOUT, layout.ring, rule)
         if rank < layout.dp * layout.sp:
             for job in (job for job in JOBS if job != "resumed"):
                 began = time.perf_counter()

@@ -3,6 +3,8 @@
     sp  ranks that share every prompt and make the same calls     (sequence.py)
     dp  groups of those, each with cohorts of its own
 
+How many share a prompt may depend on its length: the same processes are then laid out in several ways (`deal`).
+
 Process number = dp rank x sp + rank in its sp group, which sequence.py lays out further. Process 0 is the main one,
 which alone writes. A run of one process has no process group, and none of the messages below.
 """
@@ -11,7 +13,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, ParamSpec, TypeVar
@@ -20,12 +22,15 @@ import torch
 import torch.distributed as dist
 
 from longrl.config import ParallelConfig
-from longrl.parallel.layout import require_world
+from longrl.parallel.layout import balanced, require_world
 from longrl.parallel.sequence import SequenceGroup
 from longrl.runtime import rank_and_size
 
 GRACE_S = 3.0
 """A rank that others have left waits so long before it ends: torchrun is to report the rank that failed, not this."""
+
+Degree = Callable[[int], tuple[int, int]]
+"""Prompt tokens -> (ranks that the heads are split over, places of a ring): as sequence.py lays out a group."""
 
 T = TypeVar("T")
 P = ParamSpec("P")
@@ -39,16 +44,42 @@ class Ranks:
         everyone: dist.ProcessGroup | None = None,
         dp: dist.ProcessGroup | None = None,
         sp: SequenceGroup | None = None,
+        others: Others | None = None,
     ) -> None:
-        """Without groups: one process. sp: None: every rank takes prompts of its own."""
+        """
+        Without groups: one process.
+
+        Args:
+            sp: None: every rank takes prompts of its own.
+            others: layouts of the same processes for other prompts than the shortest.
+        """
         self.everyone, self.dp = everyone, dp
         self.rank, self.size = _place(everyone)
         self.dp_rank, self.dp_size = _place(dp)
-        self.sp = sp
+        self.sp, self.others = sp, others
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
+
+    def deal(self, tokens: Sequence[int], lengths: Sequence[int]) -> list[tuple[Ranks, list[int]]]:
+        """Which cohorts of a step this rank takes, and in which layout of the processes; all take those in this order.
+
+        Args:
+            tokens: of each cohort; groups of ranks get about as many each.
+            lengths: of the longest prompt of each, which the layout depends on.
+
+        Returns:
+            Each layout that is used, the smallest degree first, with the indices of this rank's cohorts, ascending.
+        """
+        degrees = [(1, 1) if self.others is None else self.others.degree(length) for length in lengths]
+        dealt = []
+        for heads, ring in sorted(set(degrees), key=lambda one: (one[0] * one[1], one[1])):
+            layout = self if self.others is None else self.others.at(heads, ring)
+            members = [i for i, degree in enumerate(degrees) if degree == (heads, ring)]
+            part = balanced([tokens[i] for i in members], layout.dp_size)[layout.dp_rank]
+            dealt.append((layout, [members[k] for k in part]))
+        return dealt
 
     def gather(self, x: T) -> list[T]:
         """The x of every dp rank, on each. Ranks that share a prompt have the same x."""
@@ -66,6 +97,24 @@ class Ranks:
     def from_main(self, make: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """What `make` returns on the main rank, told to all."""
         return _tell(self.everyone, make, *args, **kwargs)
+
+
+class Others:
+    """Layouts of the same processes, made when they are first used: by all at the same time, as all draw the same."""
+
+    def __init__(self, size: int, degree: Degree, timeout: timedelta) -> None:
+        self.size, self.degree, self.timeout = size, degree, timeout
+        self._made: dict[tuple[int, int], Ranks] = {}
+
+    def at(self, heads: int, ring: int) -> Ranks:
+        """
+        Raises:
+            ValueError: the processes cannot be put in such groups.
+        """
+        if (heads, ring) not in self._made:
+            require_world(self.size, heads * ring)
+            self._made[heads, ring] = make_ranks(self.size, heads * ring, self.timeout, ring)
+        return self._made[heads, ring]
 
 
 @contextmanager
@@ -100,13 +149,14 @@ def start_ranks(config: ParallelConfig) -> Iterator[Ranks]:
     dist.destroy_process_group()
 
 
-def make_ranks(size: int, sp: int, timeout: timedelta, ring: int = 1) -> Ranks:
+def make_ranks(size: int, sp: int, timeout: timedelta, ring: int = 1, degree: Degree | None = None) -> Ranks:
     """A mesh of the first `size` processes. Every process calls it; what those outside get is of no use.
 
     Args:
         size: a multiple of sp.
         ring: a divisor of sp.
         timeout: how long a rank waits for the others. A new group does not inherit it.
+        degree: sp is 1, and prompts of some lengths have groups of their own.
     """
     mesh = torch.arange(size).view(-1, ring, sp // ring)
 
@@ -116,7 +166,8 @@ def make_ranks(size: int, sp: int, timeout: timedelta, ring: int = 1) -> Ranks:
     everyone: Any = dist.new_group(mesh.flatten().tolist(), timeout=timeout)
     dp, shared = mine(mesh.flatten(1).T), mine(mesh.flatten(1))
     rows_and_columns = (mine(mesh.flatten(0, 1)), mine(mesh.transpose(1, 2).flatten(0, 1))) if ring > 1 else ()
-    return Ranks(everyone, dp, SequenceGroup(shared, *rows_and_columns) if sp > 1 else None)
+    group = SequenceGroup(shared, *rows_and_columns) if sp > 1 else None
+    return Ranks(everyone, dp, group, Others(size, degree, timeout) if degree else None)
 
 
 def _place(group: dist.ProcessGroup | None) -> tuple[int, int]:
