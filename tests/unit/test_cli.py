@@ -181,11 +181,15 @@ def test_a_full_disk_under_stdout(base):
 def test_check_of_several_processes(longrl, base, tmp_path, monkeypatch):
     done = longrl("check", base, "parallel.sp=2", "parallel.shard=true")
     assert done.returncode == 0
-    assert "2 processes share a prompt and the weights; start it with torchrun --nproc-per-node 2" in done.stdout
+    assert "start it with torchrun --nproc-per-node 2" in done.stdout
     assert "shard is true, but sp is 1" in longrl("check", base, "parallel.shard=true").stderr
+    assert "(Ulysses 2 x ring 2)" in longrl("check", base, "parallel.sp=4", "parallel.ring=2").stdout
+    chosen = longrl("check", base, "parallel.sp=auto", "--processes", "4")
+    assert "(Ulysses 1 x ring 1)" in chosen.stdout  # a short prompt has a process to itself
     assert (
-        "4 processes share a prompt, in rings of 2" in longrl("check", base, "parallel.sp=4", "parallel.ring=2").stdout
+        "sp is auto, which chooses the ring too" in longrl("check", base, "parallel.sp=auto", "parallel.ring=2").stderr
     )
+    assert "shard is true, but sp is auto" in longrl("check", base, "parallel.sp=auto", "parallel.shard=true").stderr
     wrong = longrl("check", base, "parallel.sp=6", "parallel.ring=4").stderr
     assert "ring is 4, but sp is 6, expected a multiple of it: 6 = 1 x 4 + 2" in wrong
     (tmp_path / "model").mkdir()

@@ -118,25 +118,32 @@ class Others:
 
 
 @contextmanager
-def start_ranks(config: ParallelConfig) -> Iterator[Ranks]:
+def start_ranks(config: ParallelConfig, rule: Callable[[int, int | None], Degree] | None = None) -> Iterator[Ranks]:
     """Joins the processes that torchrun started; one that was started otherwise is alone.
+
+    Args:
+        rule: of `sp: auto`, for so many processes with so many bytes of GPU memory each (None: they run on CPUs).
 
     Raises:
         ValueError: their number is not a multiple of config.sp.
         RuntimeError: another rank has ended, or did not answer within config.timeout_s.
     """
     _, size = rank_and_size()
-    require_world(size, config.sp)
+    sp = 1 if config.sp == "auto" else config.sp
+    require_world(size, sp)
     if size == 1:
         yield ALONE
         return
     timeout = timedelta(seconds=config.timeout_s)
+    gpu_bytes = None
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        gpu_bytes = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, timeout=timeout)
     try:
-        yield make_ranks(size, config.sp, timeout, config.ring)
+        degree = rule(size, gpu_bytes) if rule and config.sp == "auto" else None
+        yield make_ranks(size, sp, timeout, config.ring, degree)
     except RuntimeError as error:
         if not isinstance(error, dist.DistError) and "gloo" not in str(error):  # whose errors have no type of their own
             raise
