@@ -141,6 +141,8 @@ class AlgoConfig(Section):
     kl: Literal["off", "k3"] = "off"
     """A penalty for leaving the reference (the initial model), weighted by kl_coef."""
     kl_coef: Annotated[float, Field(ge=0)] = 1e-2
+    offload_reference: bool = False
+    """Keep the reference in host memory and bring it to the GPU a layer at a time."""
     max_logprob_diff: Annotated[float, Field(gt=0)] = 1e-2
     """The run stops when engine and trainer log-probs differ by more."""
 
@@ -304,6 +306,9 @@ class RlConfig(AnswerConfig, TrainConfig):
 
     @model_validator(mode="after")
     def _reference_sees(self) -> RlConfig:
+        if self.algo.offload_reference and (self.algo.kl == "off" or self.model.lora):
+            why = "algo.kl is off" if self.algo.kl == "off" else "with model.lora it is the policy without its adapters"
+            raise ValueError(f"algo.offload_reference is true, but there is no second model: {why}; set it to false")
         if self.model.trains_encoder and self.algo.kl != "off":
             raise ValueError(
                 f"algo.kl is {self.algo.kl}, but model.train is {list(self.model.train)}: the reference would need "

@@ -50,6 +50,7 @@ class Policy:
         sharded: bool = False,
         compute_dtype: torch.dtype | None = None,
         train: Collection[str] = ("language",),
+        device: str | None = None,
     ) -> None:
         """
         Args:
@@ -58,6 +59,7 @@ class Policy:
             sharded: they share the weights too.
             compute_dtype: of the trunk's passes; None: the weights' own.
             train: which parts learn, as in config.ModelConfig.
+            device: where the trunk's passes compute, its weights being on the CPU; None: where the model is.
 
         Raises:
             ValueError: the model's heads cannot be dealt to that many ranks.
@@ -68,8 +70,8 @@ class Policy:
         """What learns of the vision tower and the projector. On every rank, not sharded."""
         self.trunk = Trunk(family.parts(), memory=memory, sp=sp, media_learns=bool(self.encoder))
         assert sp or not sharded, "one rank has nobody to share the weights with"
-        if sharded or compute_dtype:
-            shard(self.trunk, list(self.trunk.blocks), sp if sharded else None, compute_dtype)
+        if sharded or compute_dtype or device:
+            shard(self.trunk, list(self.trunk.blocks), sp if sharded else None, compute_dtype, device)
         self.version = 0
 
     def share_with(self, sp: SequenceGroup | None) -> None:
@@ -141,11 +143,12 @@ def _require_heads(family: Family, sp: SequenceGroup | None) -> None:
         require_heads(kv_heads, sp.size, sp.size // sp.heads.size)
 
 
-def load_policy(model: ModelConfig, config: DataRunConfig, ranks: Ranks) -> Policy:
+def load_policy(model: ModelConfig, config: DataRunConfig, ranks: Ranks, device: str | None = None) -> Policy:
     """A model on the ranks of a run.
 
     Args:
         model: config.model, or another checkpoint of it.
+        device: as of Policy.
 
     Raises:
         ValueError: as load_family and Policy.
@@ -158,6 +161,7 @@ def load_policy(model: ModelConfig, config: DataRunConfig, ranks: Ranks) -> Poli
         sharded=config.parallel.shard,
         compute_dtype=getattr(torch, model.compute_dtype) if model.compute_dtype else None,
         train=model.train,
+        device=device,
     )
 
 
@@ -169,7 +173,12 @@ def load_reference(policy: Policy, config: RlConfig, ranks: Ranks) -> Policy | N
     """
     if config.algo.kl == "off":
         return None
-    return AdaptersOff(policy) if config.model.lora else load_policy(config.model, config, ranks)
+    if config.model.lora:
+        return AdaptersOff(policy)
+    if not config.algo.offload_reference:
+        return load_policy(config.model, config, ranks)
+    home = config.model.model_copy(update={"device": "cpu"})
+    return load_policy(home, config, ranks, device=policy.trunk.device.type)
 
 
 def _choose(family: Family, train: Collection[str]) -> list[torch.nn.Parameter]:

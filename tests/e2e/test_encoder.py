@@ -54,6 +54,8 @@ def test_what_does_not_go_together_is_refused(dataset, tmp_path):
         ({"algo": {"kl": "k3"}, "model": {"train": ["tower"]}}, "the reference would need embeddings of its own"),
         ({"model": {"train": ["language", "tower"], "lora": {}}}, "lora trains the language model alone"),
         ({"model": {"train": []}}, "nothing would be trained"),
+        ({"model": {}, "algo": {"offload_reference": True}}, "no second model: algo.kl is off"),
+        ({"model": {"lora": {}}, "algo": {"kl": "k3", "offload_reference": True}}, "the policy without its adapters"),
     ):
         model = {"path": "tiny:qwen2_5_vl", **settings["model"]}
         with pytest.raises(ValueError, match=words):

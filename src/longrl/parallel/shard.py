@@ -18,14 +18,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from longrl.parallel.sequence import SequenceGroup
 
 
 def shard(
-    root: nn.Module, blocks: Sequence[nn.Module], sp: SequenceGroup | None, compute_dtype: torch.dtype | None = None
+    root: nn.Module,
+    blocks: Sequence[nn.Module],
+    sp: SequenceGroup | None,
+    compute_dtype: torch.dtype | None = None,
+    device: str | None = None,
 ) -> None:
     """Called before an optimizer is made, because it replaces the parameters; those of `root` are its own, not the
     blocks'.
@@ -34,15 +38,18 @@ def shard(
         sp: who shares the weights; None: this rank keeps them.
         compute_dtype: of the gathered weights, and so of what passes compute; None: as stored. Gradients are then
             added up in fp32.
+        device: where passes compute, while the weights stay on the CPU and come a block at a time; None: where they
+            are.
     """
     group: Any = _alone() if sp is None else sp.group
-    mesh = DeviceMesh.from_group(group, next(root.parameters()).device.type, mesh_dim_names=("sp",))
+    mesh = DeviceMesh.from_group(group, device or next(root.parameters()).device.type, mesh_dim_names=("sp",))
+    home = OffloadPolicy() if device is None else CPUOffloadPolicy(pin_memory=device != "cpu")
     precision = MixedPrecisionPolicy()
     if compute_dtype is not None:
         # what enters is of the embedding's type already; casting would also take the rotary angles and wide keys
         precision = MixedPrecisionPolicy(compute_dtype, torch.float32, cast_forward_inputs=False)
     for module in (*blocks, root):
-        sharded = fully_shard(module, mesh=mesh, mp_policy=precision)
+        sharded = fully_shard(module, mesh=mesh, mp_policy=precision, offload_policy=home)
         # gradients are summed, and divided once by the global count; both settings are of this module alone
         sharded.set_gradient_divide_factor(1.0)
         sharded.set_force_sum_reduction_for_comms(True)  # gloo cannot scale while it sums
