@@ -17,7 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForImageTextToText
 
-from longrl.config import MemoryConfig, RolloutConfig
+from longrl.config import LoraConfig, MemoryConfig, RolloutConfig
+from longrl.models.adapters import inject
 from longrl.models.qwen_vl import Qwen25VL
 from longrl.models.streams import make_streams
 from longrl.plan.shapes import ModelShape, read_shape
@@ -60,21 +61,25 @@ class Step:
     memory."""
 
     def __init__(self, work: Work, setup: Setup) -> None:
-        twin = Qwen25VL.tiny(0, torch.float32)
+        dtype = {2: torch.bfloat16, 4: torch.float32}[setup.weight_bytes]
+        twin = Qwen25VL.tiny(0, dtype)
         config: Any = copy.deepcopy(twin.model.config)
         text = config.text_config
         text.hidden_size, text.intermediate_size, text.num_attention_heads = 256, 1024, 8
         self.shape: ModelShape = read_shape(config.to_dict())
         torch.manual_seed(1)
-        model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
+        model = AutoModelForImageTextToText.from_config(config, dtype=dtype)
         model.generation_config.eos_token_id = -1  # every response has its full length
         memory = MemoryConfig(recompute=setup.recompute, offload=setup.offload, mlp_tile_tokens=setup.mlp_tile_tokens)  # pyright: ignore[reportArgumentType]
-        self.policy = Policy(Qwen25VL(model, twin.tokenizer, {}), memory=memory)
+        family = Qwen25VL(model, twin.tokenizer, {})
+        if setup.lora_rank:
+            inject(family, LoraConfig(rank=setup.lora_rank, targets=setup.lora_targets), "", 0)
+        self.policy = Policy(family, memory=memory)
         rollout = RolloutConfig(group_size=work.group_size, max_new_tokens=work.response_tokens)
         self.engine = NativeEngine(self.policy, rollout)
         self.examples = [Example(id=f"q{i}", messages=(), answer=None, kind="open") for i in range(work.prefixes)]
         self.work = work
-        self.optimizer = torch.optim.AdamW(self.policy.trunk.parameters(), lr=1e-5)
+        self.optimizer = torch.optim.AdamW([p for p in self.policy.trunk.parameters() if p.requires_grad], lr=1e-5)
 
     def __call__(self, prompt_tokens: int | None = None) -> None:
         """prompt_tokens: of each prompt; None: as many as the work has."""

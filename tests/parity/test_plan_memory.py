@@ -14,10 +14,12 @@ import pytest
 
 from longrl.plan.devices import find_device
 from longrl.plan.memory import plan_memory
+from longrl.plan.shapes import SHAPES
 from longrl.plan.work import Memory, Setup, Work
 from tests.parity.memory import Step
 
 BOUND = 0.15
+LINEARS = tuple(SHAPES["tiny:qwen2_5_vl"].linears)
 WORK = Work(prompt_tokens=2048, group_size=8, response_tokens=4)
 SETUPS = {
     "none": Setup(),
@@ -26,6 +28,16 @@ SETUPS = {
     "layer, offload": Setup(recompute="layer", offload=True),
     "layer, tiles": Setup(recompute="layer", mlp_tile_tokens=256),
     "none, tiles": Setup(mlp_tile_tokens=256),
+    "none, bf16": Setup(weight_bytes=2, compute_bytes=2),
+    "layer, LoRA": Setup(recompute="layer", lora_rank=8, lora_targets=LINEARS),
+    "all, LoRA beside bf16": Setup(
+        recompute="keep_attention",
+        mlp_tile_tokens=256,
+        lora_rank=8,
+        lora_targets=LINEARS,
+        weight_bytes=2,
+        compute_bytes=2,
+    ),
 }
 
 

@@ -20,7 +20,7 @@ from tests.unit.media import render
 B3, B7 = (SHAPES[f"Qwen/Qwen2.5-VL-{size}-Instruct"] for size in ("3B", "7B"))
 H100, H200 = GPUS["H100"], GPUS["H200"]
 HOUR = Work(prompt_tokens=256_000, group_size=8, response_tokens=512, prefixes=8)
-BF16 = Setup(weight_bytes=2, compute_bytes=2, recompute="layer", adapter_parameters=40_000_000)
+BF16 = Setup(weight_bytes=2, compute_bytes=2, recompute="layer", lora_rank=16, lora_targets=tuple(B7.linears))
 
 
 def config(tmp_path, **keys) -> RlConfig:
@@ -159,7 +159,7 @@ def test_change_makes_it_fit_and_no_part_of_it_can_be_left_out(device, processes
     assert found is not None
     keys, work, other = found
     assert work == HOUR  # the same frames
-    assert other.adapter_parameters == setup.adapter_parameters
+    assert other.lora_rank == setup.lora_rank
     assert fits(B7, HOUR, other, device)
     fields = {"memory.recompute": "recompute", "memory.offload": "offload", "memory.mlp_tile_tokens": "mlp_tile_tokens"}
     for key in keys:
@@ -191,8 +191,8 @@ def test_layouts_divide_what_a_prompt_takes():
         assert parts["layer inputs"] == pytest.approx(one["layer inputs"] / setup.sp, rel=1e-3)
         assert parts["prefix KV"] == pytest.approx(one["prefix KV"] / kv, rel=1e-3)  # with 2 KV heads, 8 have 1 each
         assert parts["weights"] == one["weights"]
-    shared = plan_memory(B3, HOUR, replace(BF16, ulysses=8, sharded=True, adapter_parameters=0), H200)
-    whole = plan_memory(B3, HOUR, replace(BF16, ulysses=8, adapter_parameters=0), H200)
+    shared = plan_memory(B3, HOUR, replace(BF16, ulysses=8, sharded=True, lora_rank=0), H200)
+    whole = plan_memory(B3, HOUR, replace(BF16, ulysses=8, lora_rank=0), H200)
     assert shared.parts["optimizer"] == pytest.approx(whole.parts["optimizer"] / 8, rel=1e-6)
 
 

@@ -110,7 +110,8 @@ def _tries(
     recomputes = ["none", "layer", "keep_attention"]
     tiles = {setup.mlp_tile_tokens, TILE}
     at_least = {(u, r) for u, r in layouts(shape, processes) if u * r >= setup.sp} | {(setup.ulysses, setup.ring)}
-    adapters = {setup.adapter_parameters, setup.adapter_parameters or shape.lora_parameters(LORA_RANK, shape.linears)}
+    # not where the encoder is trained: adapters are for the language model alone
+    adapters = {setup.lora_rank, setup.lora_rank or (0 if setup.encoder_parameters else LORA_RANK)}
     for recompute, offload, tile, (ulysses, ring), sharded, lora, fewer in product(
         recomputes, (False, True), tiles, at_least, (False, True), adapters, (1, 2, 4, 8)
     ):
@@ -124,7 +125,8 @@ def _tries(
             ulysses=ulysses,
             ring=ring,
             sharded=sharded,
-            adapter_parameters=lora,
+            lora_rank=lora,
+            lora_targets=setup.lora_targets or tuple(shape.linears),
         )
         changes = {
             "parallel.sp": str(other.sp) if other.sp != setup.sp else None,
@@ -133,9 +135,9 @@ def _tries(
             "memory.recompute": recompute if recompute != setup.recompute else None,
             "memory.offload": str(offload).lower() if offload != setup.offload else None,
             "memory.mlp_tile_tokens": str(tile or "null") if tile != setup.mlp_tile_tokens else None,
-            "model.lora.rank": str(LORA_RANK) if lora != setup.adapter_parameters else None,
+            "model.lora.rank": str(LORA_RANK) if lora != setup.lora_rank else None,
             "frames": f"1/{fewer}" if fewer > 1 else None,
         }
-        results = (fewer - 1) + 2 * (lora != setup.adapter_parameters)
+        results = (fewer - 1) + 2 * (lora != setup.lora_rank)
         shorter = replace(work, prompt_tokens=ceil(work.prompt_tokens / fewer))
         yield {key: value for key, value in changes.items() if value is not None}, results, shorter, other

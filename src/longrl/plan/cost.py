@@ -38,7 +38,7 @@ def plan_cost(shape: ModelShape, work: Work, setup: Setup, device: Device, group
         groups: of processes that take different prompts (dp).
     """
     prefix, suffix = _Pass(shape, work, setup, device), _Suffix(shape, work, setup, device)
-    frozen = setup.adapter_parameters > 0
+    frozen = setup.lora_rank > 0 or not setup.language
     again = {"none": 0.0, "layer": 1.0, "keep_attention": prefix.products_s / prefix.forward_s}[setup.recompute]
     moved = Tally(shape, work, setup, device).kept()[1] / (device.host_link * device.movement)
     seconds = {"prefill": max(prefix.forward_s, moved) + prefix.messages_s + prefix.gather_s}

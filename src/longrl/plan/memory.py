@@ -32,12 +32,22 @@ class Tally:
         # in an exchange a rank's tokens become all tokens of its heads: the same number of elements, but for padding
         self.a = self.heads * setup.ulysses * shape.head_dim
         self.kv = self.kv_heads * setup.ulysses * shape.head_dim
+        self.adapters = shape.lora_parameters(setup.lora_rank, setup.lora_targets) if setup.lora_rank else 0
+        # an adapter keeps its input in its own type; where that is the layer's, all that read it share it
+        self.copy = max(4, setup.weight_bytes) / self.b if setup.compute_bytes == setup.weight_bytes else 1.0
         self.rope = self.tokens * self.b * (6 if shape.vision else 2) * shape.head_dim
 
-    @property
-    def norm(self) -> float:
-        d = self.shape.width
-        return 2 * d + (0 if self.b == 4 else 4 / self.b * d)
+    def norm(self, *readers: str) -> float:
+        """Elements of a token that a norm keeps, with what the products that read it do."""
+        d, wide = self.shape.width, 0 if self.b == 4 else 4 / self.b
+        if not self.adapters:
+            return (2 + wide) * d
+        return (wide + self.inputs(*readers)) * d
+
+    def inputs(self, *readers: str) -> float:
+        """Copies of an input that adapters keep; the frozen products beside them keep none."""
+        count = len(set(readers) & set(self.setup.lora_targets))
+        return count * self.copy if self.copy != 1 else min(count, 1)
 
     @property
     def lse(self) -> float:
@@ -47,12 +57,26 @@ class Tally:
     def saved(self) -> float:
         """Elements of a token that one layer keeps for its backward, without its input, keys, values and MLP."""
         attention = 2 * self.a + self.lse + (self.a if self.setup.sp > 1 else 0)
+        if self.adapters and self.copy != 1:
+            attention += self.inputs("o_proj") * self.a
         rope = 2 * self.shape.head_dim if self.shape.vision else 0
-        return 2 * self.norm + attention + self.shape.width + rope
+        norms = self.norm("q_proj", "k_proj", "v_proj") + self.norm("gate_proj", "up_proj")
+        return norms + attention + self.stream + rope
 
-    def saved_mlp(self, tokens: int) -> int:
+    @property
+    def stream(self) -> int:
+        """Of the hidden states before a norm: where they are not fp32, a norm keeps a copy that is, and not them."""
+        return self.shape.width if self.b == 4 else 0
+
+    def saved_mlp(self, tokens: int) -> float:
         """The same of its MLP, of all tokens; tiles keep nothing, they are run again."""
-        return 0 if self.tile(tokens) < tokens else 4 * self.shape.intermediate * tokens
+        return 0 if self.tile(tokens) < tokens else self.inside * tokens
+
+    @property
+    def inside(self) -> float:
+        """Elements of a token inside the MLP; a frozen product does not keep its input."""
+        product = self.inputs("down_proj") if self.adapters else 1
+        return (3 + product) * self.shape.intermediate
 
     def tile(self, tokens: int) -> int:
         return min(tokens, self.setup.mlp_tile_tokens or tokens)
@@ -65,7 +89,8 @@ class Tally:
         """Bytes while one layer is run backward, above what it has kept: gradients, first of the MLP, then, when what
         that had kept is gone, of the attention."""
         d, f = self.shape.width, self.shape.intermediate
-        of_mlp = self.tile(tokens) * 6 * f - self.saved_mlp(tokens)
+        passing = 2 + (self.copy if self.adapters and self.copy != 1 else 0)
+        of_mlp = self.tile(tokens) * (self.inside + passing * f) - self.saved_mlp(tokens)
         expanded = 4 * self.a if self.device.is_cpu and self.heads > self.kv_heads else 0
         of_attention = tokens * (2 * self.a + 2 * self.kv + expanded) - self.saved_mlp(tokens)
         return self.b * (tokens * d + max(of_mlp, of_attention))
@@ -74,7 +99,8 @@ class Tally:
         """Bytes while one layer is run forward without keeping anything, above its input."""
         d, a = self.shape.width, self.a
         tiled = 2 * d if self.tile(tokens) < tokens else 0  # tiles, and all of them as one
-        mlp = tokens * (2 * d + tiled) + self.tile(tokens) * 3 * self.shape.intermediate
+        wide = 2 * self.copy if self.adapters and self.copy != 1 else 0  # what an adapter makes, and the sum with it
+        mlp = tokens * (2 * d + tiled) + self.tile(tokens) * (3 + wide) * self.shape.intermediate
         attention = tokens * (d + 4 * a + 2 * self.kv + (2 * a if self.device.is_cpu else 0))
         return self.b * max(mlp, attention)
 
@@ -96,8 +122,8 @@ class Tally:
         token = self.tokens * self.b
         if setup.recompute == "none":
             # the last layer is left at its keys and values
-            layers, last = shape.layers - 1, shape.width + self.norm
-            whole = layers * (token * (shape.width + self.saved) + self.b * self.saved_mlp(self.tokens)) + token * last
+            layers, last = shape.layers - 1, self.stream + self.norm("k_proj", "v_proj")
+            whole = layers * (token * (self.stream + self.saved) + self.b * self.saved_mlp(self.tokens)) + token * last
             return {"saved activations": whole + self.rope}, 0.0
         inputs = token * shape.width * shape.layers
         kept = {"layer inputs": inputs}
@@ -108,33 +134,29 @@ class Tally:
         return kept, inputs if setup.offload else 0.0
 
     def steady(self) -> dict[str, float]:
-        """What is there at any time."""
+        """What is there at any time. The tower is on every rank, in full."""
         shape, setup, work = self.shape, self.setup, self.work
-        share = setup.sp if setup.sharded else 1
-        weight = setup.weight_bytes
-        parts = {"weights": weight * (shape.trunk_parameters / share + shape.tower_parameters)}
-        if setup.adapter_parameters:
-            parts["weights"] += 4 * setup.adapter_parameters / share
-        if work.reference and not setup.adapter_parameters:
-            parts["reference weights"] = parts["weights"]
+        share, weight, wide = setup.sp if setup.sharded else 1, setup.weight_bytes, max(4, setup.weight_bytes)
+        stored = weight * (shape.trunk_parameters / share + shape.tower_parameters)
+        parts = {"weights": stored + wide * self.adapters / share}
+        if work.reference and not self.adapters:
+            parts["reference weights"] = stored
         if work.trains:
-            trained, each = (
-                (setup.adapter_parameters, 4) if setup.adapter_parameters else (shape.trunk_parameters, weight)
-            )
-            parts["gradients"] = each * trained / share
-            parts["optimizer"] = 2 * each * trained / share
+            language = wide * self.adapters if self.adapters else weight * shape.trunk_parameters
+            parts["gradients"] = setup.language * language / share + weight * setup.encoder_parameters
+            parts["optimizer"] = 2 * parts["gradients"]
         return parts
 
     def gathered(self, blocks: int) -> dict[str, float]:
-        """Sharded weights that are whole: the root's, and of so many layers."""
-        if not self.setup.sharded:
+        """Weights that are copied or whole for a pass: the root's, and of so many layers."""
+        if not self.setup.copies_weights:
             return {}
         shape = self.shape
         return {"gathered weights": self.b * (shape.root_parameters + blocks * shape.layer_parameters)}
 
     def reduced(self) -> dict[str, float]:
         """Gradients of two layers before they are dealt out."""
-        if not self.setup.sharded or self.setup.adapter_parameters:
+        if not self.setup.copies_weights or self.adapters:
             return {}
         return {"gradients being reduced": 2 * 4 * self.shape.layer_parameters}
 
@@ -150,11 +172,11 @@ class Tally:
         when the layers have kept all that they keep; one layer is run backward when the logits are gone."""
         shape, tokens = self.shape, self.micro_batch
         row = tokens * self.b
-        layers, one = shape.layers * row * shape.width, self.backward(tokens)
+        one = self.backward(tokens)
         if self.setup.recompute == "none":
-            layers += shape.layers * self.again(tokens)
+            layers = shape.layers * (row * self.stream + self.again(tokens))
         else:
-            one += self.again(tokens)
+            layers, one = shape.layers * row * shape.width, one + self.again(tokens)
         if self.setup.recompute == "keep_attention":  # of both parts, as wide as they are summed
             layers += shape.layers * row * 2 * (self.a + self.lse) * self.wide / self.b
         one += row * (12 if self.device.is_cpu else 4) * self.a  # folded and unfolded, two partial results
@@ -196,9 +218,10 @@ def plan_memory(shape: ModelShape, work: Work, setup: Setup, device: Device) -> 
         reference = {"reference's prefix KV": t.prefix_kv} | t.prefix_layer(False)
         phases["reference"] = here | reference | t.gathered(2)
     if work.trains:
-        # a single micro-batch fills the gradients of the keys and values while it frees what it had kept
-        grads = {"prefix gKV": t.prefix_kv}
+        # a single micro-batch fills the gradients of the keys and values while it frees what it had kept; those of
+        # several are added up in fp32
         several = t.micro_batch * setup.sp < work.suffix_tokens
+        grads = {"prefix gKV": t.prefix_kv * (max(4, t.b) / t.b if several else 1)}
         phases["suffix"] = here | (grads if several else {}) | t.suffix() | t.gathered(2) | t.reduced()
         one = {"one layer": t.backward(t.tokens) + (0 if setup.recompute == "none" else t.again(t.tokens) + t.rope)}
         phases["prefix backward"] = here | grads | one | t.gathered(2) | t.reduced()

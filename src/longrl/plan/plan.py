@@ -118,7 +118,7 @@ def degree_rule(config: DataRunConfig, processes: int, gpu_bytes: int | None) ->
         found = choose_layout(shape, replace(work, prompt_tokens=tokens), setup, device, processes)
         if found is None:
             raise ValueError(
-                f"a prompt of {tokens} tokens fits no layout of {processes} processes; longrl check says what would help"
+                f"a prompt of {tokens} tokens fits no layout of {processes} processes; longrl check names a way out"
             )
         return found
 
@@ -138,6 +138,11 @@ def setup_of(config: DataRunConfig, shape: ModelShape) -> Setup:
     """Where `parallel.sp` is auto, of prompts that one process has to itself."""
     model, parallel, memory = config.model, config.parallel, config.memory
     sp = 1 if parallel.sp == "auto" else parallel.sp
+    encoder = 0
+    if shape.vision is not None:
+        merger = shape.vision.merger_parameters(shape.width)
+        parts = {"projector": merger, "tower": shape.tower_parameters - merger}
+        encoder = sum(parts.get(part, 0) for part in model.train)
     return Setup(
         ulysses=sp // parallel.ring,
         ring=parallel.ring,
@@ -146,7 +151,11 @@ def setup_of(config: DataRunConfig, shape: ModelShape) -> Setup:
         offload=memory.offload,
         mlp_tile_tokens=memory.mlp_tile_tokens,
         weight_bytes=BYTES[model.dtype],
-        compute_bytes=BYTES[model.dtype],
+        compute_bytes=BYTES[model.compute_dtype or model.dtype],
+        lora_rank=model.lora.rank if model.lora else 0,
+        lora_targets=(model.lora.targets or tuple(shape.linears)) if model.lora else (),
+        language="language" in model.train,
+        encoder_parameters=encoder,
     )
 
 

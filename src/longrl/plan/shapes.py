@@ -32,11 +32,16 @@ class VisionShape:
         """Both sides of a resized frame are multiples of it; so many pixels squared and `temporal` frames: a token."""
         return self.patch * self.merge
 
+    def merger_parameters(self, out: int) -> int:
+        """Of the projector to the language model's width."""
+        w, merged = self.width, self.width * self.merge**2
+        return w + merged * merged + merged + merged * out + out
+
     def parameters(self, out: int) -> int:
-        w, f, merged = self.width, self.intermediate, self.width * self.merge**2
+        """Of all, the projector included."""
+        w, f = self.width, self.intermediate
         block = (4 * w * w + 4 * w) + (3 * w * f + 2 * f + w) + 2 * w
-        merger = w + merged * merged + merged + merged * out + out
-        return 3 * self.temporal * self.patch**2 * w + self.depth * block + merger
+        return 3 * self.temporal * self.patch**2 * w + self.depth * block + self.merger_parameters(out)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

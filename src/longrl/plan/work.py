@@ -39,7 +39,7 @@ class Work:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setup:
-    """How the work is done: what may be changed to make it fit. Only `adapter_parameters` changes what is learned."""
+    """How the work is done: what may be changed to make it fit. Only LoRA changes what is learned."""
 
     ulysses: int = 1
     """Ranks that deal the heads among themselves."""
@@ -52,16 +52,26 @@ class Setup:
     """Layer inputs wait in host memory."""
     mlp_tile_tokens: int | None = None
     prompts_in_flight: int = 1
-    adapter_parameters: int = 0
-    """Of LoRA; 0: all weights are trained."""
+    lora_rank: int = 0
+    """0: all weights of the language model are trained."""
+    lora_targets: tuple[str, ...] = ()
+    language: bool = True
+    """Whether the language model, or adapters in it, learn."""
+    encoder_parameters: int = 0
+    """Of the vision tower and the projector, those that are trained."""
     weight_bytes: int = 4
-    """Of a stored weight; gradients and both moments of an adapted one are fp32, of others as the weight."""
+    """Of a stored weight, its gradient and its moments; adapters' are of 4 bytes at least."""
     compute_bytes: int = 4
-    """Of an activation."""
+    """Of an activation; where weights differ, passes have a copy of them."""
 
     @property
     def sp(self) -> int:
         return self.ulysses * self.ring
+
+    @property
+    def copies_weights(self) -> bool:
+        """Passes gather or convert the weights, a layer at a time."""
+        return self.sharded or self.weight_bytes != self.compute_bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
