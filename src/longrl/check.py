@@ -68,7 +68,7 @@ def require_model(config: ModelConfig, parallel: ParallelConfig | None = None, *
     """
     if problem := _model_problem(config.path, trained):
         raise ValueError(f"model.path: {problem}")
-    if parallel and (problem := _heads_problem(config.path, parallel.sp)):
+    if parallel and (problem := _heads_problem(config.path, parallel)):
         raise ValueError(problem)
 
 
@@ -121,9 +121,9 @@ def _report_run(config: DataRunConfig) -> Iterator[str]:
 
 def _report_plan(config: DataRunConfig, device: str, processes: int | None) -> Iterator[str]:
     """Prints it in full, or yields what does not go together."""
-    sp, (_, size) = config.parallel.sp, rank_and_size()
+    sp, (_, size) = 1 if config.parallel.sp == "auto" else config.parallel.sp, rank_and_size()
     size = processes or (size if size > 1 else sp)
-    problems = [_heads_problem(config.model.path, sp), _refusal(require_world, size, sp)]
+    problems = [_heads_problem(config.model.path, config.parallel), _refusal(require_world, size, sp)]
     problems = [problem for problem in problems if problem]
     if sp > 1 or size > 1:
         _row("parallel", f"start it with torchrun --nproc-per-node {size}", "; ".join(problems) or None)
@@ -137,19 +137,21 @@ def _report_plan(config: DataRunConfig, device: str, processes: int | None) -> I
         yield refusal(plan)
 
 
-def _heads_problem(path: str, sp: int) -> str | None:
+def _heads_problem(path: str, parallel: ParallelConfig) -> str | None:
     """None also where there is no model, or none whose sizes can be read, which is another problem."""
     try:
         shape = shape_of(path)
     except ValueError:
         return None
-    problem = shape and _refusal(require_heads, shape.kv_heads, sp)
+    if parallel.sp == "auto":  # chooses what goes
+        return None
+    problem = shape and _refusal(require_heads, shape.kv_heads, parallel.sp, parallel.ring)
     return f"parallel.sp: {problem}" if problem else None
 
 
-def _refusal(require: Callable[[int, int], None], first: int, second: int) -> str | None:
+def _refusal(require: Callable[..., None], *numbers: int) -> str | None:
     try:
-        require(first, second)
+        require(*numbers)
     except ValueError as error:
         return str(error)
     return None

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -16,9 +17,9 @@ from longrl.config_files import load_arguments
 from longrl.errors import run_guarded
 from longrl.runtime import set_up_logging
 
-# Before torch is imported. Waiting threads spin for some microseconds, then sleep. Those that spin on, as they do unless
-# told, take a core from whoever has work (beside another program a run took 150 times as long); those that sleep at once
-# make decoding, which waits often, half as fast.
+# Before torch is imported. Waiting threads spin for some microseconds, then sleep. Those that spin on, as they do by
+# default, take a core from whoever has work (beside another program a run took 150 times as long); those that sleep at
+# once make decoding, which waits often, half as fast.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 app = typer.Typer(
@@ -69,9 +70,10 @@ def sft(config: Config) -> None:
     """Supervised fine-tuning on demonstrated reasoning."""
     loaded = load_arguments(config, "sft")
     from longrl.parallel.ranks import start_ranks
+    from longrl.plan.plan import degree_rule
     from longrl.train_sft import train_sft
 
-    with start_ranks(loaded.parallel) as ranks:
+    with start_ranks(loaded.parallel, partial(degree_rule, loaded)) as ranks:
         train_sft(loaded, ranks)
 
 
@@ -80,9 +82,10 @@ def rl(config: Config) -> None:
     """Reinforcement learning."""
     loaded = load_arguments(config, "rl")
     from longrl.parallel.ranks import start_ranks
+    from longrl.plan.plan import degree_rule
     from longrl.train_rl import train_rl
 
-    with start_ranks(loaded.parallel) as ranks:
+    with start_ranks(loaded.parallel, partial(degree_rule, loaded)) as ranks:
         train_rl(loaded, ranks)
 
 
@@ -92,8 +95,9 @@ def evaluate(config: Config) -> None:
     loaded = load_arguments(config, "eval")
     from longrl.evals.runner import run_eval
     from longrl.parallel.ranks import start_ranks
+    from longrl.plan.plan import degree_rule
 
-    with start_ranks(loaded.parallel) as ranks:
+    with start_ranks(loaded.parallel, partial(degree_rule, loaded)) as ranks:
         run_eval(loaded, ranks)
 
 

@@ -66,17 +66,20 @@ def train_rl(config: RlConfig, ranks: Ranks = ALONE) -> Path:
             with metrics.step(step):
                 with metrics.time("media"):
                     batch = training.draw(examples, step)
-                named = zip(batch.epochs, batch.examples, strict=True)
-                seeds = [seed_for(seed, "rollout", step, epoch, example.id) for epoch, example in named]
-                totals = Totals()
-                for groups, prefix in engine.rollout(batch.examples, batch.prompts, seeds):
-                    with metrics.time("reward"):
-                        scored = ranks.once(judge, groups)
-                    totals.count(groups, scored)
-                    with metrics.time("update"):
-                        update(policy, reference, groups, scored, prefix, config, totals)
+                sums = [Totals() for _ in batch.shares]
+                for share, totals in zip(batch.shares, sums, strict=True):
+                    named = zip(share.epochs, share.examples, strict=True)
+                    seeds = [seed_for(seed, "rollout", step, epoch, example.id) for epoch, example in named]
+                    for one in (policy, reference) if reference else (policy,):
+                        one.share_with(share.ranks.sp)
+                    for groups, prefix in engine.rollout(share.examples, share.prompts, seeds):
+                        with metrics.time("reward"):
+                            scored = share.ranks.once(judge, groups)
+                        totals.count(groups, scored)
+                        with metrics.time("update"):
+                            update(policy, reference, groups, scored, prefix, config, totals)
                 with metrics.time("optimizer"):
-                    totals = Totals.sum(ranks.gather(totals))
+                    totals = Totals.sum(batch.gather(sums))
                     norm, lr = training.update(step, totals.denominator, batch.ids)
                 for name, value in (totals.metrics() | {"grad_norm": norm, "lr": lr}).items():
                     metrics.log(name, value)

@@ -89,7 +89,8 @@ def test_decode_equals_plain(lengths, heads, kv_heads, far, dtype):
     hidden = padding[:, None, :, None]
     junk = [x.masked_fill(hidden, 1e4) for x in (q, k, v)]
     for new in sorted({longest, 2, 1} - {n for n in (2,) if longest < 2}):
-        out = attend_decode(junk[0][:, :, -new:], *junk[1:], padding, tuple(prefix), 0.3)
+        unseen = padding[:, None] | torch.ones(new, longest, dtype=torch.bool).triu(longest - new + 1)
+        out = attend_decode(junk[0][:, :, -new:], *junk[1:], unseen, tuple(prefix), 0.3)
         assert out.shape == (len(lengths), heads, new, 8)
         for n, length in enumerate(lengths):
             alone = attend_plain(*(x[n : n + 1, :, longest - length :] for x in (q, k, v)), tuple(prefix), 0.3)
@@ -101,8 +102,8 @@ def test_engine_and_trainer_agree_where_attention_is_sharp():
     """Over 1,900 tokens, in fp32: without fp64 inside, they differ by 6e-6."""
     q, k, v, *prefix = (x.detach() for x in inputs(4, 4, 2, 1, 1900, torch.float32))
     q *= 8
-    padding = torch.zeros(4, 1, dtype=torch.bool)
-    decoded = attend_decode(q, widen(k), widen(v), padding, (widen(prefix[0]), widen(prefix[1])), 0.3)
+    hidden = torch.zeros(4, 1, 1, dtype=torch.bool)
+    decoded = attend_decode(q, widen(k), widen(v), hidden, (widen(prefix[0]), widen(prefix[1])), 0.3)
     assert (decoded - attend(q, k, v, (prefix[0], prefix[1]), 0.3)).abs().max() < 5e-7
 
 

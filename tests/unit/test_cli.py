@@ -186,10 +186,22 @@ def test_check_of_several_processes(longrl, base, tmp_path, monkeypatch):
     assert "start it with torchrun --nproc-per-node 2" in done.stdout
     assert "2 for each prompt (Ulysses 2 x ring 1), weights shared out" in done.stdout
     assert "shard is true, but sp is 1" in longrl("check", base, "parallel.shard=true").stderr
+    assert "(Ulysses 2 x ring 2)" in longrl("check", base, "parallel.sp=4", "parallel.ring=2").stdout
+    chosen = longrl("check", base, "parallel.sp=auto", "--processes", "4")
+    assert "(Ulysses 1 x ring 1)" in chosen.stdout  # a short prompt has a process to itself
+    assert (
+        "sp is auto, which chooses the ring too" in longrl("check", base, "parallel.sp=auto", "parallel.ring=2").stderr
+    )
+    assert "shard is true, but sp is auto" in longrl("check", base, "parallel.sp=auto", "parallel.shard=true").stderr
+    wrong = longrl("check", base, "parallel.sp=6", "parallel.ring=4").stderr
+    assert "ring is 4, but sp is 6, expected a multiple of it: 6 = 1 x 4 + 2" in wrong
     (tmp_path / "model").mkdir()
     sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4}
     sizes |= {"intermediate_size": 96, "vocab_size": 100, "model_type": "qwen2"}
     (tmp_path / "model" / "config.json").write_text(json.dumps(sizes))
+    wrong = longrl("check", base, "parallel.sp=12", "parallel.ring=2", "model.path=model").stderr
+    assert "4 KV heads cannot be dealt to 6 sequence-parallel ranks (12 in rings of 2)" in wrong
+    assert longrl("check", base, "parallel.sp=6", "parallel.ring=3", "model.path=model").returncode == 0
     monkeypatch.setenv("WORLD_SIZE", "8")
     done = longrl("check", base, "parallel.sp=6", "model.path=model")
     assert done.returncode == 2

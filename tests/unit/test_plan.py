@@ -12,7 +12,7 @@ from longrl.plan.choose import choose_layout, fits, largest_prompt, layouts, sma
 from longrl.plan.cost import plan_cost
 from longrl.plan.devices import GIB, GPUS, find_device
 from longrl.plan.memory import plan_memory
-from longrl.plan.plan import make_plan, max_prompt_tokens
+from longrl.plan.plan import degree_rule, make_plan, max_prompt_tokens
 from longrl.plan.shapes import SHAPES, read_shape, shape_of
 from longrl.plan.work import Setup, Work
 from tests.unit.media import render
@@ -144,11 +144,19 @@ def test_largest_prompt_is_the_last_that_fits(shape, setup):
 def test_largest_prompt_of_a_configuration(tmp_path):
     keys = {"model": {"path": "models/Qwen2.5-VL-3B-Instruct"}, "rollout": {"max_new_tokens": 256}}
     small = config(tmp_path, **keys)
-    assert max_prompt_tokens(small, 8 * GIB) == 0  # weights and optimizer alone are more
+    assert max_prompt_tokens(small, 1, 8 * GIB) == 0  # weights and optimizer alone are more
     lean = config(tmp_path, memory={"recompute": "layer", "mlp_tile_tokens": 4096}, **keys)
-    assert 0 < max_prompt_tokens(small, 139 * GIB) < max_prompt_tokens(lean, 139 * GIB)
+    assert 0 < max_prompt_tokens(small, 1, 139 * GIB) < max_prompt_tokens(lean, 1, 139 * GIB)
+    shared = config(tmp_path, parallel={"sp": "auto"}, **keys)
+    most = max_prompt_tokens(shared, 8, 139 * GIB)
+    assert most > 4 * max_prompt_tokens(small, 8, 139 * GIB)
+    rule = degree_rule(shared, 8, 139 * GIB)
+    assert rule(1000) == (1, 1)
+    assert rule(most)[0] * rule(most)[1] == 8
+    with pytest.raises(ValueError, match=f"a prompt of {most + 1} tokens fits no layout of 8 processes"):
+        rule(most + 1)
     with pytest.raises(ValueError, match=r"model\.path nowhere"):
-        max_prompt_tokens(config(tmp_path, model={"path": "nowhere"}), GIB)
+        max_prompt_tokens(config(tmp_path, model={"path": "nowhere"}), 1, GIB)
 
 
 @pytest.mark.parametrize(("device", "processes"), [(H200, 1), (H200, 8), (H100, 8)])

@@ -35,4 +35,4 @@ def test_recipes_fit_at_the_most_that_they_allow(root, monkeypatch, tmp_path, na
     assert (plan.work.group_size, plan.setup.sp) == (8, processes)
     assert plan.fits
     assert plan.memory.peak_bytes <= plan.device.planned_bytes
-    assert plan.prompt.tokens <= max_prompt_tokens(config, GPUS[device].memory_bytes)
+    assert plan.prompt.tokens <= max_prompt_tokens(config, processes, GPUS[device].memory_bytes)

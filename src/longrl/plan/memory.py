@@ -92,8 +92,20 @@ class Tally:
         passing = 2 + (self.copy if self.adapters and self.copy != 1 else 0)
         of_mlp = self.tile(tokens) * (self.inside + passing * f) - self.saved_mlp(tokens)
         expanded = 4 * self.a if self.device.is_cpu and self.heads > self.kv_heads else 0
-        of_attention = tokens * (2 * self.a + 2 * self.kv + expanded) - self.saved_mlp(tokens)
+        of_attention = tokens * (2 * self.a + 2 * self.kv + expanded + self.messages) - self.saved_mlp(tokens)
+        if self.setup.ring > 1:  # keys and values come by, the next on their way, and three shares of gradients in fp32
+            of_attention += tokens * 4 / self.b * self.a + self.far * (2 + 3 * 4 / self.b)
         return self.b * (tokens * d + max(of_mlp, of_attention))
+
+    @property
+    def messages(self) -> float:
+        """Elements of a token in what ranks send each other around attention and what they get."""
+        return 2 * (self.a + 2 * self.kv) if self.setup.ulysses > 1 else 0
+
+    @property
+    def far(self) -> float:
+        """Elements of one layer's keys and values of the prefix."""
+        return self.prefix_kv / self.shape.layers / self.b
 
     def forward(self, tokens: int) -> float:
         """Bytes while one layer is run forward without keeping anything, above its input."""
@@ -101,7 +113,9 @@ class Tally:
         tiled = 2 * d if self.tile(tokens) < tokens else 0  # tiles, and all of them as one
         wide = 2 * self.copy if self.adapters and self.copy != 1 else 0  # what an adapter makes, and the sum with it
         mlp = tokens * (2 * d + tiled) + self.tile(tokens) * (3 + wide) * self.shape.intermediate
-        attention = tokens * (d + 4 * a + 2 * self.kv + (2 * a if self.device.is_cpu else 0))
+        attention = tokens * (d + 4 * a + 2 * self.kv + (2 * a if self.device.is_cpu else 0) + self.messages)
+        if self.setup.ring > 1:  # keys and values as they come by, partial results in fp32
+            attention += tokens * 3 * 4 / self.b * a + 2 * self.far
         return self.b * max(mlp, attention)
 
     def prefix_layer(self, graph: bool) -> dict[str, float]:
@@ -130,7 +144,8 @@ class Tally:
         if setup.offload:
             kept["layer inputs"] = token * shape.width * 2  # one is used, one on its way
         if setup.recompute == "keep_attention":
-            kept["kept attention"] = token * (self.a + self.lse) * (shape.layers - 1)
+            # of a ring the result for each part
+            kept["kept attention"] = token * (self.a + self.lse) * (shape.layers - 1) * setup.ring
         return kept, inputs if setup.offload else 0.0
 
     def steady(self) -> dict[str, float]:

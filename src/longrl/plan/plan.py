@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache
 from math import ceil
 
 from longrl.config import DataRunConfig, EvalRunConfig, RlConfig, SftConfig, TrainConfig
 from longrl.parallel.layout import require_heads, require_world
-from longrl.plan.choose import fits, largest_prompt, smallest_change
+from longrl.plan.choose import choose_layout, fits, largest_prompt, layouts, smallest_change
 from longrl.plan.cost import Cost, encode_seconds, plan_cost
 from longrl.plan.devices import GPUS, Device, find_device
 from longrl.plan.memory import plan_memory
-from longrl.plan.prompt import PromptSize, prompt_size
+from longrl.plan.prompt import TEXT_TOKENS, PromptSize, prompt_size
 from longrl.plan.shapes import ModelShape, shape_of
 from longrl.plan.work import Memory, Setup, Work
 
@@ -50,16 +52,18 @@ def make_plan(config: DataRunConfig, device: str, processes: int) -> Plan:
         ValueError: the model's sizes cannot be read; processes, heads and tokens do not go together.
     """
     shape = _shape(config)
-    setup = setup_of(config, shape)
+    setup, prompt, on = setup_of(config, shape), prompt_size(config, shape), find_device(device, processes)
+    work = work_of(config, prompt)
+    if config.parallel.sp == "auto":
+        ulysses, ring = choose_layout(shape, work, setup, on, processes) or layouts(shape, processes)[-1]
+        setup = replace(setup, ulysses=ulysses, ring=ring)
     require_world(processes, setup.sp)
-    require_heads(shape.kv_heads, setup.ulysses)
-    prompt = prompt_size(config, shape)
+    require_heads(shape.kv_heads, setup.sp, setup.ring)
     if prompt.tokens < setup.sp:
         raise ValueError(
             f"a prompt of {prompt.tokens} tokens cannot be split over {setup.sp} sequence-parallel ranks: at least one "
             f"each, so {setup.sp - prompt.tokens} too few"
         )
-    on, work = find_device(device, processes), work_of(config, prompt)
     memory, good, change = plan_memory(shape, work, setup, on), fits(shape, work, setup, on), None
     if not good and (found := smallest_change(shape, work, setup, on, processes)) is not None:
         keys, other_work, other = found
@@ -79,19 +83,53 @@ def make_plan(config: DataRunConfig, device: str, processes: int) -> Plan:
     )
 
 
-def max_prompt_tokens(config: DataRunConfig, memory_bytes: int, *, is_cpu: bool = False) -> int:
+def max_prompt_tokens(config: DataRunConfig, processes: int, gpu_bytes: int | None) -> int:
     """The longest prompt that this configuration has room for: one that is longer is refused before it is decoded.
 
     Args:
-        memory_bytes: of the device, of one process.
+        gpu_bytes: memory of each process's GPU; None: they run on CPUs.
 
     Raises:
         ValueError: the model's sizes cannot be read.
     """
-    shape = _shape(config)
-    nothing = PromptSize(video_tokens=0, text_tokens=0, frames=0, merge=1, source="")
-    device = replace(find_device("CPU") if is_cpu else GPUS["A100-80G"], memory_bytes=memory_bytes)
-    return largest_prompt(shape, work_of(config, nothing), setup_of(config, shape), device)
+    shape, setup, work, device = _without_prompt(config, processes, gpu_bytes)
+    setups = [setup]
+    if config.parallel.sp == "auto":
+        setups = [replace(setup, ulysses=ulysses, ring=ring) for ulysses, ring in layouts(shape, processes)]
+    return max(largest_prompt(shape, work, one, device) for one in setups)
+
+
+def degree_rule(config: DataRunConfig, processes: int, gpu_bytes: int | None) -> Callable[[int], tuple[int, int]]:
+    """What `parallel.sp: auto` chooses for a prompt of so many tokens: (Ulysses, ring) degrees.
+
+    Args:
+        gpu_bytes: memory of each process's GPU; None: they run on CPUs.
+
+    Raises:
+        ValueError: the model's sizes cannot be read. What is returned: no layout has room for such a prompt.
+    """
+    shape, setup, work, device = _without_prompt(config, processes, gpu_bytes)
+
+    @cache
+    def degree(tokens: int) -> tuple[int, int]:
+        found = choose_layout(shape, replace(work, prompt_tokens=tokens), setup, device, processes)
+        if found is None:
+            raise ValueError(
+                f"a prompt of {tokens} tokens fits no layout of {processes} processes; longrl check names a way out"
+            )
+        return found
+
+    return degree
+
+
+def _without_prompt(
+    config: DataRunConfig, processes: int, gpu_bytes: int | None
+) -> tuple[ModelShape, Setup, Work, Device]:
+    shape, device = _shape(config), find_device("CPU", processes)
+    if gpu_bytes is not None:
+        device = replace(GPUS["A100-80G"], memory_bytes=gpu_bytes)  # memory decides; rates only order layouts
+    nothing = PromptSize(video_tokens=0, text_tokens=TEXT_TOKENS, frames=0, merge=1, source="")
+    return shape, setup_of(config, shape), work_of(config, nothing), device
 
 
 def _shape(config: DataRunConfig) -> ModelShape:
@@ -104,14 +142,17 @@ def _shape(config: DataRunConfig) -> ModelShape:
 
 
 def setup_of(config: DataRunConfig, shape: ModelShape) -> Setup:
+    """Where `parallel.sp` is auto, of prompts that one process has to itself."""
     model, parallel, memory = config.model, config.parallel, config.memory
+    sp = 1 if parallel.sp == "auto" else parallel.sp
     encoder = 0
     if shape.vision is not None:
         merger = shape.vision.merger_parameters(shape.width)
         parts = {"projector": merger, "tower": shape.tower_parameters - merger}
         encoder = sum(parts.get(part, 0) for part in model.train)
     return Setup(
-        ulysses=parallel.sp,
+        ulysses=sp // parallel.ring,
+        ring=parallel.ring,
         sharded=parallel.shard,
         recompute=memory.recompute,
         offload=memory.offload,

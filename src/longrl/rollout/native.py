@@ -111,7 +111,9 @@ class NativeEngine:
     def _prefill(self, prefix: Prefix, prompts: Sequence[Prompt], limit: int) -> tuple[OwnKV, Tensor]:
         """Feeds what each prompt has after the prefix; returns the buffers and the last hidden state [N, D]."""
         rests = torch.tensor([len(prompt) - prefix.length for prompt in prompts])
-        own = OwnKV(prefix, rests, limit)
+        sp = self.policy.trunk.sp
+        place = (0, 1) if sp is None or sp.ring is None else (sp.ring.rank, sp.ring.size)
+        own = OwnKV(prefix, rests, limit, *place)
         longest = int(rests.max())
         token_ids = torch.zeros(len(prompts), longest, dtype=torch.int64)
         position_ids = torch.zeros(len(prompts[0].position_ids), len(prompts), longest, dtype=torch.int64)
