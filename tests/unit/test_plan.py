@@ -215,6 +215,15 @@ def test_passes_are_those_of_the_design(recompute, reference, expected):
     assert 3 + reference < kept < 3.3 + reference  # at this length attention is most of the work
 
 
+def test_updates_repeat_the_passes_and_prompts_in_flight_the_keys_and_values():
+    none = replace(BF16, recompute="none")
+    assert plan_cost(B7, replace(HOUR, updates=2), none, H200).passes == 6
+    assert plan_cost(B7, replace(HOUR, updates=2), BF16, H200).passes == 8
+    one, three = (plan_memory(B7, HOUR, replace(BF16, prompts_in_flight=n), H200).parts for n in (1, 3))
+    for part, size in one.items():
+        assert three[part] == (3 * size if part in ("prefix KV", "layer inputs") else size)
+
+
 def test_unknown_device():
     with pytest.raises(ValueError, match="no device 'B200'; known: A100-80G, H100, H200, CPU"):
         find_device("B200")

@@ -216,13 +216,14 @@ class Tally:
     @property
     def decode(self) -> dict[str, float]:
         shape, work = self.shape, self.work
-        streams = min(work.group_size, work.max_streams)
+        in_flight = self.setup.prompts_in_flight
+        streams = min(work.group_size * in_flight, work.max_streams)
         own = 2 * shape.layers * streams * work.response_tokens * self.kv_heads * shape.head_dim * self.wide
         scores = 4 * streams * self.heads * ceil(work.prompt_tokens / self.setup.ring) * self.wide
         logits = 4 * 8 * streams * shape.vocabulary
         parts = {"decode buffers": own + scores + logits}
         if self.wide != self.b:
-            parts["prefix KV in fp64"] = self.prefix_kv * self.wide / self.b
+            parts["prefix KV in fp64"] = in_flight * self.prefix_kv * self.wide / self.b
         return parts
 
 
