@@ -12,7 +12,7 @@ from longrl.plan.choose import choose_layout, fits, largest_prompt, layouts, sma
 from longrl.plan.cost import plan_cost
 from longrl.plan.devices import GIB, GPUS, find_device
 from longrl.plan.memory import plan_memory
-from longrl.plan.plan import make_plan, max_prompt_tokens
+from longrl.plan.plan import degree_rule, make_plan, max_prompt_tokens
 from longrl.plan.shapes import SHAPES, read_shape, shape_of
 from longrl.plan.work import Setup, Work
 from tests.unit.media import render
@@ -149,6 +149,20 @@ def test_largest_prompt_of_a_configuration(tmp_path):
     assert 0 < max_prompt_tokens(small, 139 * GIB) < max_prompt_tokens(lean, 139 * GIB)
     with pytest.raises(ValueError, match=r"model\.path nowhere"):
         max_prompt_tokens(config(tmp_path, model={"path": "nowhere"}), GIB)
+
+
+def test_degree_grows_with_the_prompt(tmp_path):
+    path = "models/Qwen2.5-VL-3B-Instruct"
+    lean = {"recompute": "layer", "offload": True, "mlp_tile_tokens": 4096}
+    degree = degree_rule(config(tmp_path, model={"path": path}, memory=lean, parallel={"sp": "auto"}), 8, 80 * GIB)
+    degrees = [degree(tokens) for tokens in (1, 4_000, 64_000, 256_000)]
+    shared_by = [heads * ring for heads, ring in degrees]
+    assert degrees[:2] == [(1, 1), (1, 1)]
+    assert shared_by == sorted(shared_by)
+    assert shared_by[-1] > 1
+    with pytest.raises(ValueError, match="a prompt of 10000000 tokens fits no layout of 8 processes") as refusal:
+        degree(10_000_000)
+    assert "\n" not in str(refusal.value)
 
 
 @pytest.mark.parametrize(("device", "processes"), [(H200, 1), (H200, 8), (H100, 8)])
