@@ -54,7 +54,7 @@ class Training:
         latest = ranks.from_main(self.checkpoints.latest)
         self.policy = load_policy(config.model.at(latest.model_path) if latest else config.model, config, ranks)
         self.optimizer = Optimizer(self.policy.trunk.parameters(), config.optim, config.steps)
-        self.build = PromptBuilder(self.policy.family, config.cache, skips, ranks)
+        self.build = PromptBuilder(self.policy.family, config.cache, skips, ranks, config.data.max_prompt_tokens)
         self.done, self.sharded = 0, config.parallel.shard
         if latest:
             unpack_optimizer(self.optimizer.adamw, latest.tensors())

@@ -161,7 +161,9 @@ def _read(
     frames, repeats = np.unique(chosen, return_counts=True)
     pixels, filled, left = np.empty((0, 0, 0, 3), np.uint8), 0, len(chosen)
     painter = None
-    for frame, time_s, repeat in zip(_decode(index, frames, quick_only), index.times_s[frames], repeats.tolist(), strict=True):
+    for frame, time_s, repeat in zip(
+        _decode(index, frames, quick_only), index.times_s[frames], repeats.tolist(), strict=True
+    ):
         painter = painter or _Painter(index, frame, size, left)
         picture = painter.paint(frame)
         for _ in range(repeat):
