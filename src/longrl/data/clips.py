@@ -20,7 +20,7 @@ from longrl.parallel.layout import balanced
 from longrl.parallel.ranks import Ranks
 from longrl.types import Clip, MediaEmbeds, MediaError
 from longrl.video.cache import EmbedCache
-from longrl.video.encode import Looked, encode, look_up, require_unchanged
+from longrl.video.encode import Looked, encode, look_up, require, require_unchanged
 from longrl.video.entry import EntryFile, Part
 
 logger = logging.getLogger(__name__)
@@ -75,16 +75,12 @@ class Clips:
             RuntimeError: this rank cannot use what another could.
         """
         media = self.cache.read(looked.key)
-        if media is not None:
-            return media
-        # not encoded yet; or evicted since; or the rank that did it has another disk
-        error = self._encode(clip, looked)
-        if error is not None and clip in self._looked:
-            raise RuntimeError(f"{error}; another rank could use it, and all ranks must use the same examples")
-        media = self.cache.read(looked.key)
-        if error is None and media is None:
-            raise OSError(f"embedding cache {self.cache.dir}: an entry is gone at once; raise cache.max_gib")
-        return error or media
+        if media is None:  # not encoded yet; or evicted since; or the rank that did it has another disk
+            error = self._encode(clip, looked)
+            if error is not None and clip in self._looked:
+                raise RuntimeError(f"{error}; another rank could use it, and all ranks must use the same examples")
+            media = error or require(self.cache, looked)
+        return media
 
     def _encode(self, clip: Clip, looked: Looked) -> MediaError | None:
         try:

@@ -254,7 +254,7 @@ class Qwen25VL:
         """
         vision = self._vision
         patch, merge, temporal = vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size
-        height, width = self._size(*pixels.shape[1:3], max_pixels)
+        height, width = self._size(pixels.shape[1], pixels.shape[2], max_pixels)
         x = torch.from_numpy(pixels).permute(0, 3, 1, 2)
         x = torch.nn.functional.interpolate(x, (height, width), mode="bicubic", antialias=True)
         mean, std = (torch.tensor(v)[:, None, None] for v in (MEAN, STD))

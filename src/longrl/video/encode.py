@@ -107,9 +107,18 @@ def embed(clip: Clip, family: Encoder, cache: EmbedCache | None) -> MediaEmbeds:
     looked = look_up(clip, family, cache)
     if looked.size is not None:
         encode(clip, looked, family, cache)
+    return require(cache, looked)
+
+
+def require(cache: EmbedCache, looked: Looked) -> MediaEmbeds:
+    """Reads what was there a moment ago.
+
+    Raises:
+        OSError: It is gone already.
+    """
     media = cache.read(looked.key)
     if media is None:
-        raise OSError(f"embedding cache {cache.dir}: an entry is gone as soon as it is there; raise cache.max_gib")
+        raise OSError(f"embedding cache {cache.dir}: an entry was evicted as soon as it was there; raise cache.max_gib")
     return media
 
 
