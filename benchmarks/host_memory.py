@@ -5,8 +5,8 @@
 
 Prints one JSON object a run. For each rank: by how many MB its resident memory rose at most (VmHWM), above what it was
 once the model was loaded and had been used, while the ranks together decoded and encoded the clip into the cache; and
-while they sampled G responses to a prompt about the same hour (a tenth of the frames). Beside it the size of what is never held
-or sent as a whole: all pixels of the clip, and all embeddings. CPU ranks of the tiny model, each started afresh.
+while they sampled G responses to a prompt about the same hour (a tenth of the frames). Beside it the size of what is
+never held or sent as a whole: all pixels of the clip, and all embeddings. CPU ranks of the tiny model, started afresh.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ import torch.distributed as dist
 from longrl.config import CacheConfig, DataConfig, RolloutConfig
 from longrl.data.examples import Skips
 from longrl.data.prompts import PromptBuilder
+from longrl.models import qwen_vl
 from longrl.models.qwen_vl import Qwen25VL
 from longrl.parallel.ranks import make_ranks
 from longrl.policy import Policy
@@ -65,8 +66,9 @@ def question(clip: Clip) -> Example:
     )
 
 
-def measure(rank: int, size: int, folder: str, video: str, seconds: int, group_size: int) -> None:
+def measure(rank: int, size: int, folder: str, video: str, seconds: int, group_size: int, chunk_grids: int) -> None:
     torch.set_num_threads(1)
+    qwen_vl.CHUNK_GRIDS = chunk_grids
     store = dist.FileStore(f"{folder}/store", size)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=600))
     ranks = make_ranks(size, size, timedelta(seconds=600))
@@ -102,11 +104,19 @@ def measure(rank: int, size: int, folder: str, video: str, seconds: int, group_s
     dist.destroy_process_group()
 
 
+def read(folder: Path, rank: int) -> tuple[dict[str, float], int]:
+    """What a rank has found: MB by job, and bytes of all embeddings."""
+    return pickle.loads((folder / f"{rank}.pickle").read_bytes())
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=int, default=3600, help="length of the clip; so many frames are read")
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--group-sizes", type=int, nargs="+", default=[2, 8])
+    parser.add_argument(
+        "--chunk-grids", type=int, default=qwen_vl.CHUNK_GRIDS, help="pairs of frames encoded at a time"
+    )
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         video = Path(folder, "hour.mp4")
@@ -117,11 +127,11 @@ def main() -> None:
                 run.mkdir()
                 torch.multiprocessing.start_processes(
                     measure,
-                    args=(size, str(run), str(video), arguments.seconds, group_size),
+                    args=(size, str(run), str(video), arguments.seconds, group_size, arguments.chunk_grids),
                     nprocs=size,
                     start_method="spawn",
                 )
-                found = [pickle.loads((run / f"{rank}.pickle").read_bytes()) for rank in range(size)]
+                found = [read(run, rank) for rank in range(size)]
                 report = {
                     "ranks": size,
                     "group_size": group_size,
