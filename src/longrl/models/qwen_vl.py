@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -219,7 +219,8 @@ class Qwen25VL:
         part = None if chunks is None else range(chunks.start * size.chunk_frames, chunks.stop * size.chunk_frames)
         times = torch.from_numpy(selected.times_s)
         seconds = _seconds_per_grid(clip, times, self._vision.temporal_patch_size)
-        return (self._encode_chunk(clip, seconds, frames) for frames in selected.read(size.chunk_frames, part))
+        # a map keeps no chunk of pixels while the next one is decoded, as a loop would
+        return map(partial(self._encode_chunk, clip, seconds), selected.read(size.chunk_frames, part))
 
     @torch.no_grad()
     def _encode_chunk(self, clip: Clip, seconds_per_grid: float, frames: Frames) -> MediaEmbeds:

@@ -174,7 +174,7 @@ def _read(
             filled, left = filled + 1, left - 1
             if filled == len(pixels):
                 yield Frames(pixels=pixels, timestamps_s=times_s)
-                filled = 0
+                pixels, filled = pixels[:0].copy(), 0  # not beside the next chunk
 
 
 class _Painter:
