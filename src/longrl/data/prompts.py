@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TypeVar
 
 from longrl.config import CacheConfig
@@ -90,7 +91,8 @@ class PromptBuilder:
             seen = self._usable(example, [media[clip] for clip in example.clips])
             if seen is None:
                 continue
-            shown, seen = change(example, tuple(seen)) if change else (example, tuple(seen))
+            seen = tuple(replace(one, clip=clip) for one, clip in zip(seen, example.clips, strict=True))
+            shown, seen = change(example, seen) if change else (example, seen)
             kept.append(index)
             prompts.append(self.family.prompt(shown, seen))
         return kept, prompts

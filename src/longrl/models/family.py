@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Protocol, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from longrl.models.trunk import TrunkParts
@@ -74,6 +74,18 @@ class Family(Protocol):
         """Length of the prompt that `prompt` would give.
 
         media_tokens: of each clip of the example.
+        """
+        ...
+
+    def encoder_parameters(self, part: str) -> list[nn.Parameter]:
+        """Of the vision `tower`, or of the `projector` behind it, in an order that does not change."""
+        ...
+
+    def encode_backward(self, media: MediaEmbeds, span: slice, grads: Tensor) -> None:
+        """Adds to the encoder's gradients what follows from those of some embeddings [span, D]: encodes their frames
+        again, with gradients, a bounded number at a time.
+
+        media: with its clip, as the same weights made it.
         """
         ...
 
