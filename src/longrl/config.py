@@ -96,6 +96,8 @@ class AlgoConfig(Section):
     """And above 1 + clip_high."""
     normalise: Literal["token", "sequence"] = "token"
     """What the summed loss is divided by: the step's trained tokens, or (each averaged first) its sequences."""
+    updates_per_batch: Annotated[int, Field(ge=1)] = 1
+    """Optimizer steps on the same rollouts, each over all of them; from the second on ratios are clipped."""
     kl: Literal["off", "k3"] = "off"
     """A penalty for leaving the reference (the initial model), weighted by kl_coef."""
     kl_coef: Annotated[float, Field(ge=0)] = 1e-2

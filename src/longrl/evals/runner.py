@@ -22,7 +22,7 @@ from longrl.parallel.layout import balanced
 from longrl.parallel.ranks import ALONE, Ranks
 from longrl.policy import Policy, load_policy
 from longrl.rewards.answer import answer_reward
-from longrl.rewards.compose import build_rewards
+from longrl.rewards.compose import Begun, build_rewards
 from longrl.rollout.native import NativeEngine
 from longrl.runtime import seed_for, start_run
 from longrl.types import Example, Group, Scored
@@ -128,11 +128,15 @@ def evaluate(
     )
     engine, score = NativeEngine(policy, sampling), build_rewards(config.rewards)
     forced_ids = policy.family.tokenizer.encode(forced, add_special_tokens=False)
-    found: dict[str, list[Scored]] = {}
+    begun: list[Begun] = []
 
-    def judge(groups: Sequence[Group]) -> dict[str, list[Scored]]:
-        said = {g.id: tuple(replace(one, text=forced + one.text) for one in g.rollouts) for g in groups}
-        return {g.id: score(replace(g, rollouts=said[g.id])) for g in groups}
+    def judge(groups: Sequence[Group]) -> None:
+        for group in groups:
+            said = tuple(replace(one, text=forced + one.text) for one in group.rollouts)
+            begun.append(score.begin(replace(group, rollouts=said)))
+
+    def scores() -> dict[str, list[Scored]]:
+        return {one.group.id: one.result() for one in begun}
 
     build.prepare(examples)
     for members in _share(examples, build, change):
@@ -143,7 +147,8 @@ def evaluate(
         with torch.no_grad():
             for groups, prefix in engine.rollout(batch, prompts, seeds):
                 prefix.release()
-                found |= ranks.once(judge, groups)
+                ranks.once(judge, groups)
+    found = ranks.once(scores)
     found = {name: scored for part in ranks.gather(found) for name, scored in part.items()}
     return _result(stage, examples, found, config.eval.samples, skips)
 
