@@ -54,7 +54,8 @@ JOBS: dict[str, dict[str, Any]] = {
     "live": {
         "kind": "rl",
         "steps": 4,
-        "model": {"dtype": "float64", "recompute": True},
+        "model": {"dtype": "float64"},
+        "memory": {"recompute": "layer"},
         "algo": {"kl": "k3", "kl_coef": 0.1, "normalise": "sequence", "updates_per_batch": 2},
         "rewards": {"tests.e2e.rewards:late_for_some": 1.0},
         "eval_every_steps": 2,

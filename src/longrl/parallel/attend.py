@@ -17,16 +17,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+from longrl.parallel.kernels import flash, flash_backward
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, prefix: tuple[Tensor, Tensor] | None, scale: float) -> Tensor:
     """Exact attention of N streams over their shared prefix and their own causal past.
-
-    Only the CPU has the fast path. On any other device this is `attend_plain`: the same values and gradients, but the
-    prefix is copied for every stream, and logits and mask of all R x (P + R) pairs are in memory at once. That is right
-    for small models and for tests; an hour of video does not fit.
 
     Args:
         q: [N, H, R, d] queries; H is a multiple of KV.
@@ -37,8 +32,6 @@ def attend(q: Tensor, k: Tensor, v: Tensor, prefix: tuple[Tensor, Tensor] | None
     Returns:
         [N, H, R, d].
     """
-    if q.device.type != "cpu":
-        return attend_plain(q, k, v, prefix, scale)
     prefix_k, prefix_v = prefix if prefix is not None else (None, None)
     return _Attend.apply(q, k, v, prefix_k, prefix_v, scale)  # pyright: ignore[reportReturnType]
 
@@ -94,12 +87,6 @@ def attend_decode(
     return out.unflatten(2, (-1, new)).flatten(1, 2).to(dtype)
 
 
-def _expand(x: Tensor, heads: int) -> Tensor:
-    """[N, KV, R, d] -> [N, heads, R, d], each KV head repeated for its query heads."""
-    streams, kv_heads, length, dim = x.shape
-    return x[:, :, None].expand(streams, kv_heads, heads // kv_heads, length, dim).reshape(streams, heads, length, dim)
-
-
 def _fold(x: Tensor, kv_heads: int) -> Tensor:
     """[N, H, R, ...] -> [1, KV, H/KV * N * R, ...]: everything that attends to one KV head as one long query."""
     x = x.unflatten(1, (kv_heads, -1)).movedim(0, 2)  # [KV, rep, N, R, ...]
@@ -116,14 +103,13 @@ def _unfold(x: Tensor, like: Tensor) -> Tensor:
 class _Attend(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, prefix_k, prefix_v, scale):
-        heads, kv_heads = q.shape[1], k.shape[1]
+        kv_heads = k.shape[1]
         if prefix_k is None:
-            out, lse = _flash(q, _expand(k, heads), _expand(v, heads), 0.0, True, scale=scale)
+            out, lse = flash(q, k, v, True, scale)
         else:
-            wide = (widen(x) for x in (q, _expand(k, heads), _expand(v, heads)))
-            near, near_lse = _flash(*wide, 0.0, True, scale=scale)
+            near, near_lse = flash(*(widen(x) for x in (q, k, v)), True, scale)
             wide = (widen(x) for x in (_fold(q, kv_heads), prefix_k[None], prefix_v[None]))
-            far, far_lse = (_unfold(x, q) for x in _flash(*wide, 0.0, False, scale=scale)[:2])
+            far, far_lse = (_unfold(x, q) for x in flash(*wide, False, scale))
             # lse is fp32 at least: merged in that, then cast, or bf16 would lose twice
             lse = torch.logaddexp(near_lse, far_lse)
             out = near * (near_lse - lse).exp()[..., None] + far * (far_lse - lse).exp()[..., None]
@@ -136,17 +122,10 @@ class _Attend(torch.autograd.Function):
     def backward(ctx, *grads):
         (grad,) = grads
         q, k, v, prefix_k, prefix_v, out, lse = ctx.saved_tensors
-        heads, kv_heads = q.shape[1], k.shape[1]
-        grad, lse = grad.contiguous(), lse.contiguous()
-        gq, gk, gv = _flash_backward(
-            grad, q, _expand(k, heads), _expand(v, heads), out, lse, 0.0, True, scale=ctx.scale
-        )
-        gk, gv = (x.unflatten(1, (kv_heads, -1)).sum(2) for x in (gk, gv))
+        gq, gk, gv = flash_backward(grad, q, k, v, out, lse, True, ctx.scale)
         if prefix_k is None:
             return gq, gk, gv, None, None, None
-        folded = (_fold(x, kv_heads) for x in (grad, q))
-        far_out, far_lse = _fold(out, kv_heads), _fold(lse, kv_heads)
-        far_q, gpk, gpv = _flash_backward(
-            *folded, prefix_k[None], prefix_v[None], far_out, far_lse, 0.0, False, scale=ctx.scale
-        )
+        folded = (_fold(x, k.shape[1]) for x in (grad, q))
+        far_out, far_lse = _fold(out, k.shape[1]), _fold(lse, k.shape[1])
+        far_q, gpk, gpv = flash_backward(*folded, prefix_k[None], prefix_v[None], far_out, far_lse, False, ctx.scale)
         return gq + _unfold(far_q, q), gk, gv, gpk[0], gpv[0], None
