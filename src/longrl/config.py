@@ -79,8 +79,14 @@ class RolloutConfig(Section):
     """Longest response; what is longer ends there, with finish reason `length`."""
     temperature: Annotated[float, Field(ge=0)] = 1.0
     """0: always the likeliest token."""
+    top_k: Annotated[int, Field(ge=1)] | None = None
+    """Draw from so many likeliest tokens; null: from all. Like top_p not for training, which scores all tokens."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Draw from the likeliest tokens (of top_k) that together have this probability."""
     max_streams: Annotated[int, Field(ge=1)] = 128
-    """Rollouts decoded side by side, rounded to whole groups; more questions about a video take turns."""
+    """Rollouts decoded side by side, rounded to whole groups; more questions take turns."""
+    prompts_in_flight: Annotated[int, Field(ge=1)] = 1
+    """Videos (or prompts without one) whose keys and values are in memory at once, to be decoded side by side."""
 
 
 class AlgoConfig(Section):
@@ -107,6 +113,10 @@ class EvalConfig(Section):
     samples: Annotated[int, Field(ge=1)] = 4
     """Answers sampled for each question."""
     temperature: Annotated[float, Field(ge=0)] = 1.0
+    top_k: Annotated[int, Field(ge=1)] | None = None
+    """As `rollout.top_k`."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """As `rollout.top_p`."""
 
 
 class CheckpointConfig(Section):
@@ -185,7 +195,7 @@ class AnswerConfig(Section):
     """What a run that samples responses has."""
 
     rollout: RolloutConfig = RolloutConfig()
-    """Sampling. Evaluation takes the number of answers and the temperature from `eval`."""
+    """Sampling. Evaluation takes the number of answers, temperature, top_k and top_p from `eval`."""
     rewards: dict[str, float] = {"format": 0.1, "answer": 0.9}
     """Reward name -> weight. A name in the registry or `package.module:attr`."""
     eval: EvalConfig = EvalConfig()
@@ -197,6 +207,12 @@ class AnswerConfig(Section):
             raise ValueError(f"group_size is {rollout.group_size}, expected 2 or more rollouts to compare")
         if rollout.temperature == 0:
             raise ValueError("temperature is 0, so all rollouts of a group would be the same; use 1.0")
+        for name, value, off in (("top_k", rollout.top_k, None), ("top_p", rollout.top_p, 1.0)):
+            if value != off:
+                raise ValueError(
+                    f"{name} is {value}, but training must draw from the distribution of all tokens, as it scores "
+                    f"under that; remove it, or set eval.{name} for evaluation"
+                )
         return rollout
 
 

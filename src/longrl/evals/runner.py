@@ -123,8 +123,14 @@ def evaluate(
         forced: a control: the text that every response is made to begin with.
     """
     build = PromptBuilder(policy.family, config.cache, skips, ranks)
+    asked = config.eval
     sampling = config.rollout.model_copy(
-        update={"group_size": config.eval.samples, "temperature": config.eval.temperature}
+        update={
+            "group_size": asked.samples,
+            "temperature": asked.temperature,
+            "top_k": asked.top_k,
+            "top_p": asked.top_p,
+        }
     )
     engine, score = NativeEngine(policy, sampling), build_rewards(config.rewards)
     forced_ids = policy.family.tokenizer.encode(forced, add_special_tokens=False)
@@ -139,7 +145,9 @@ def evaluate(
         return {one.group.id: one.result() for one in begun}
 
     build.prepare(examples)
-    for members in _share(examples, build, change):
+    together, most = _share(examples, build, change), config.rollout.prompts_in_flight
+    for some in (together[start : start + most] for start in range(0, len(together), most)):
+        members = [i for video in some for i in video]
         kept, prompts = build([examples[i] for i in members], change)
         batch = [examples[members[k]] for k in kept]
         prompts = [prompt.followed_by(forced_ids) for prompt in prompts]

@@ -14,6 +14,8 @@ Reference: FlashAttention-2 (arXiv 2307.08691), section 3.1 for the backward fro
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -58,33 +60,54 @@ def attend_plain(q: Tensor, k: Tensor, v: Tensor, prefix: tuple[Tensor, Tensor] 
 
 
 def attend_decode(
-    q: Tensor, k: Tensor, v: Tensor, padding: Tensor, prefix: tuple[Tensor, Tensor], scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    hidden: Tensor | None,
+    prefixes: Sequence[tuple[Tensor, Tensor]],
+    sizes: Sequence[int],
+    scale: float,
 ) -> Tensor:
-    """Attention of the newest tokens of N streams, without gradients; the prefix costs one product per KV head.
+    """Attention of the newest tokens of N streams, without gradients; no prefix is copied for each of its streams.
 
     It is computed in the type of the keys: whoever decodes has them widened, once.
 
     Args:
         q: [N, H, new, d], the last `new` of each stream's T own tokens.
         k, v: [N, KV, T, d] all of the streams' own keys and values.
-        padding: bool [N, T], True where a stream has no token.
-        prefix: keys and values [KV, P, d].
+        hidden: bool [N, new, T], True where a token does not see a key; None: it sees all.
+        prefixes: keys and values [KV, P, d] of one or several.
+        sizes: how many streams, one after the other, follow each of them; perhaps none.
 
     Returns:
         [N, H, new, d].
     """
-    (far_k, far_v), (streams, _, new, dim) = prefix, q.shape
-    kv_heads, total, far_total = k.shape[1], k.shape[2], far_k.shape[1]
-    dtype, q = q.dtype, (q.to(k.dtype) * scale).unflatten(1, (kv_heads, -1))  # [N, KV, rep, new, d]
-    far = torch.bmm(q.transpose(0, 1).reshape(kv_heads, -1, dim), far_k.transpose(1, 2))
-    far = far.view(kv_heads, streams, -1, far_total).transpose(0, 1)  # [N, KV, rep * new, P]
-    near = (q.flatten(2, 3) @ k.transpose(2, 3)).unflatten(2, (-1, new))  # [N, KV, rep, new, T]
-    hidden = padding[:, None] | torch.ones(new, total, dtype=torch.bool, device=q.device).triu(total - new + 1)
-    near = near.masked_fill(hidden[:, None, None], float("-inf")).flatten(2, 3)
-    far, near = torch.cat([far, near], -1).softmax(-1).split([far_total, total], -1)
-    out = torch.bmm(far.transpose(0, 1).reshape(kv_heads, -1, far_total), far_v)
-    out = out.view(kv_heads, streams, -1, dim).transpose(0, 1) + near @ v
-    return out.unflatten(2, (-1, new)).flatten(1, 2).to(dtype)
+    kv_heads, dtype, wide = k.shape[1], q.dtype, q.to(k.dtype)
+    parts = [
+        [_unfold(x, part) for x in flash(_fold(part, kv_heads), far_k[None], far_v[None], False, scale)]
+        for part, (far_k, far_v) in zip(wide.split(list(sizes)), prefixes, strict=True)
+        if len(part)
+    ]
+    far, far_lse = parts[0] if len(parts) == 1 else (torch.cat(x) for x in zip(*parts, strict=True))
+    near, near_lse = _attend_own(wide, k, v, hidden, scale)
+    weight = (near_lse - far_lse).sigmoid_()[..., None]  # exp near_lse / (exp near_lse + exp far_lse)
+    return torch.lerp(far.to(weight.dtype), near.to(weight.dtype), weight).to(dtype)
+
+
+def _attend_own(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    """The streams' own part of attend_decode: out [N, H, new, d], log-sum-exp [N, H, new]; of a token that sees no key
+    0 and -inf."""
+    kv_heads, new = k.shape[1], q.shape[2]
+    q = q.unflatten(1, (kv_heads, -1)).flatten(2, 3)  # the query heads of one KV head: [N, KV, rep * new, d]
+    if hidden is None:
+        out, lse = flash(q, k, v, False, scale)
+    else:
+        logits = (q @ k.transpose(2, 3) * scale).unflatten(2, (-1, new)).masked_fill(hidden[:, None, None], -torch.inf)
+        logits = logits.flatten(2, 3).to(torch.promote_types(q.dtype, torch.float32))
+        lse = logits.logsumexp(-1)
+        weights = (logits - lse[..., None].clamp_min(torch.finfo(lse.dtype).min)).exp_()
+        out = weights.to(v.dtype) @ v
+    return out.unflatten(2, (-1, new)).flatten(1, 2), lse.unflatten(2, (-1, new)).flatten(1, 2)
 
 
 def _fold(x: Tensor, kv_heads: int) -> Tensor:
