@@ -157,8 +157,16 @@ def test_unknown_key_names_the_nearest_and_the_line(line, words, base, tmp_path)
         ("video.num_frames=8", "video: set exactly one of fps and num_frames; write `fps: null` to use num_frames"),
         ("optim.warmup_steps=10", "optim: warmup_steps is 10, expected fewer than the 10 steps of the run"),
         ("rollout.group_size=1", "rollout: group_size is 1, expected 2 or more rollouts to compare"),
-        ("rollout.top_k=50", "rollout: top_k is 50, but training must draw from the distribution of all tokens"),
-        ("rollout.top_p=0.9", "remove it, or set eval.top_p for evaluation"),
+        (
+            "rollout.top_k=50",
+            "rollout: top_k is 50, but training must draw from the distribution of all tokens, as it scores under "
+            "that; remove it, or set eval.top_k for evaluation",
+        ),
+        (
+            "rollout.top_p=0.9",
+            "rollout: top_p is 0.9, but training must draw from the distribution of all tokens, as it scores under "
+            "that; remove it, or set eval.top_p for evaluation",
+        ),
         ("rollout.temperature=0", "rollout: temperature is 0, so all rollouts of a group would be the same; use 1.0"),
         ("optim.lrr=1", "unknown key 'optim.lrr'; did you mean 'optim.lr'?"),
         (
