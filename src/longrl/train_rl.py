@@ -17,7 +17,7 @@ from longrl.config import RlConfig
 from longrl.data.examples import Skips, load_examples
 from longrl.evals.runner import evaluate, load_questions
 from longrl.parallel.ranks import ALONE, Ranks
-from longrl.policy import load_policy
+from longrl.policy import load_reference
 from longrl.registry import resolve
 from longrl.rewards.compose import build_rewards
 from longrl.rollout.native import NativeEngine
@@ -51,7 +51,7 @@ def train_rl(config: RlConfig, ranks: Ranks = ALONE) -> Path:
     resolve(config.algo.loss, LOSSES, "loss")
     training = Training(config, skips, ranks)
     policy, updates = training.policy, config.algo.updates_per_batch
-    reference = None if config.algo.kl == "off" else load_policy(config.model, config, ranks)
+    reference = load_reference(policy, config, ranks)
 
     with training.metrics() as metrics, training.progress("rl") as progress:
         engine = NativeEngine(policy, config.rollout, metrics.time)

@@ -21,10 +21,11 @@ class OwnKV:
             lengths: int64 [N], prompt tokens of each stream after its prefix; all are fed in the first call.
             max_new: tokens to be decoded after those.
         """
+        lengths = lengths.to(prefixes[0].keys[0].device)
         longest = int(lengths.max())
         size = longest + max_new
         self.filled, self.sizes = 0, list(sizes)
-        self.padding = torch.arange(size) < (longest - lengths)[:, None]
+        self.padding = torch.arange(size, device=lengths.device) < (longest - lengths)[:, None]
         """bool [N, size]: True where there is no token."""
         self.hidden: Tensor | None = None
         """bool [N, new, T]: True where a token that is being fed does not see a key; None: it sees all."""
@@ -39,7 +40,8 @@ class OwnKV:
         if new == 1 and not self._is_padded:
             self.hidden = None
         else:
-            later = torch.arange(end) > torch.arange(self.filled, end)[:, None]
+            device = self.padding.device
+            later = torch.arange(end, device=device) > torch.arange(self.filled, end, device=device)[:, None]
             self.hidden = self.padding[:, None, :end] | later
 
     def write(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

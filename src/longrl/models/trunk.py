@@ -30,7 +30,7 @@ from longrl.models.recompute import TiledMLP, recomputed
 from longrl.models.streams import Streams
 from longrl.parallel.attend import attend, attend_decode
 from longrl.parallel.sequence import Replicated, SequenceGroup, Sharded
-from longrl.types import Prefix, Prompt
+from longrl.types import MediaLeaf, Prefix, Prompt
 
 ATTENTION = "longrl_shared_prefix"
 HEAD_CHUNK = 2048
@@ -139,11 +139,22 @@ class TrunkParts:
 class Trunk(nn.Module):
     """See the module's docstring. One door (`forward(job, ...)`), so that root hooks always run."""
 
-    def __init__(self, parts: TrunkParts, *, memory: MemoryConfig = ALL_KEPT, sp: SequenceGroup | None = None) -> None:
+    def __init__(
+        self,
+        parts: TrunkParts,
+        *,
+        memory: MemoryConfig = ALL_KEPT,
+        sp: SequenceGroup | None = None,
+        media_learns: bool = False,
+    ) -> None:
         super().__init__()
-        self.sp, self.offload = sp, memory.offload
+        self.sp, self.offload, self.media_learns = sp, memory.offload, media_learns
         self.embed, self.norm, self.rotary, self.head = parts.embed, parts.norm, parts.rotary, parts.head
         self.blocks = nn.ModuleList(Block(index, layer, memory) for index, layer in enumerate(parts.layers))
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
 
     def forward(self, job: str, *args, **kwargs):
         return getattr(self, job)(*args, **kwargs)
@@ -161,24 +172,26 @@ class Trunk(nn.Module):
         for start, end in prompt.media_slots:
             if end > length:
                 raise AssertionError(f"the prefix of {length} tokens ends before its media at {start}:{end}")
-        hidden = self._embed(prompt, mine)[None]
-        rope = self._rope(hidden, prompt.position_ids[:, mine])
+        hidden, media = self._embed(prompt, mine)
+        hidden = hidden[None]
+        rope = self._rope(hidden, prompt.position_ids[:, mine].to(hidden.device))
         keys, values = [], []
         offload = Offload() if self.offload and torch.is_grad_enabled() else None
         for block in self.blocks:
             hidden, k, v = block(hidden, rope, exchange, leave=block is self.blocks[-1], offload=offload)
             keys.append(k)
             values.append(v)
-        return Prefix(keys, values, length, version)
+        return Prefix(keys, values, length, version, media)
 
     def suffix(self, prefix: Prefix, streams: Streams, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
         """Log-probs and entropy of the streams' labelled tokens, given the prefix.
 
         Returns:
             logprobs, entropy [N, R]: of logits / temperature; zero where streams.mask is False. Of all tokens, on every
-            rank of a sequence group; each scores its own.
+            rank of a sequence group; each scores its own. On the device of the streams, which need not be the model's.
         """
         count, length = streams.token_ids.shape
+        home, streams = streams.mask.device, streams.to(self.device)
         if self.sp is not None:
             streams = streams.padded(-(-self.sp.size // count))  # a few responses of one token still are a token a rank
         mine, exchange = self._share(streams.mask.numel(), "suffix")
@@ -194,7 +207,7 @@ class Trunk(nn.Module):
         if self.sp is not None:
             logprobs, entropy = self.sp.gather(torch.stack([logprobs, entropy]), streams.mask.numel())
         logprobs, entropy = (x.view_as(streams.mask)[:, :length] for x in (logprobs, entropy))
-        return logprobs.clone(), entropy.clone()  # as in _attention: no views
+        return logprobs.clone().to(home), entropy.clone().to(home)  # as in _attention: no views
 
     @torch.no_grad()
     def decode(self, prefixes: Sequence[Prefix], own: OwnKV, token_ids: Tensor, position_ids: Tensor) -> Tensor:
@@ -227,17 +240,24 @@ class Trunk(nn.Module):
         """This rank's part of `total` tokens, and how attention sees the others'."""
         return (slice(0, total), None) if self.sp is None else (self.sp.span(total), Sharded(self.sp, total, kind))
 
-    def _embed(self, prompt: Prompt, tokens: slice) -> Tensor:
-        """[T, D] of a prompt's tokens, media in their slots; of media, which may be memory-mapped, no other rows are
-        read."""
-        first, last = tokens.start, tokens.stop
-        hidden = self.embed(prompt.token_ids[tokens])
+    def _embed(self, prompt: Prompt, tokens: slice) -> tuple[Tensor, list[MediaLeaf]]:
+        """[T, D] of a prompt's tokens, media in their slots, and where the gradient of media will be, if it is wanted;
+        of media, which may be memory-mapped, no other rows are read."""
+        first, last, leaves = tokens.start, tokens.stop, []
+        learns = self.media_learns and torch.is_grad_enabled()
+        hidden = self.embed(prompt.token_ids[tokens].to(self.device))
         for media, slot in zip(prompt.media, prompt.media_slots, strict=True):
             start, end = max(first, slot[0]), min(last, slot[1])
             if start < end:
-                rows = media.embeds[start - slot[0] : end - slot[0]].to(hidden.dtype)
+                span = slice(start - slot[0], end - slot[0])
+                rows = media.embeds[span].to(hidden)
+                if learns:
+                    rows = rows.detach().requires_grad_()
+                    leaves.append(MediaLeaf(media=media, span=span, rows=rows))
                 hidden = torch.cat([hidden[: start - first], rows, hidden[end - first :]])
-        return hidden
+        if learns and not hidden.requires_grad:
+            hidden.requires_grad_()  # a rank without media takes part in the exchanges of the others' backward
+        return hidden, leaves
 
     def _rope(self, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """positions [axes, T] -> cos, sin as the family's rotary module makes them."""

@@ -84,16 +84,17 @@ class NativeEngine:
     def _decode(self, asked: Sequence[tuple[Prefix, Prompt]], seeds: Sequence[int]) -> list[list[Rollout]]:
         """asked: the prompts, each with the prefix that it continues; those of one prefix stand together."""
         size, limit = self.config.group_size, self.config.max_new_tokens
-        trunk, sp, stop = self.policy.trunk, self.policy.trunk.sp, torch.tensor(sorted(self.policy.family.stop_ids))
-        noise = torch.stack([_uniform(seed, g, limit) for seed in seeds for g in range(size)])
+        trunk, sp, device = self.policy.trunk, self.policy.trunk.sp, self.policy.trunk.device
+        stop = torch.tensor(sorted(self.policy.family.stop_ids), device=device)
+        noise = torch.stack([_uniform(seed, g, limit) for seed in seeds for g in range(size)]).to(device)
         streams = [one for one in asked for _ in range(size)]
         prefixes, own, hidden = self._prefill(streams, limit)
-        next_position = torch.tensor([prompt.next_position for _, prompt in streams])
+        next_position = torch.tensor([prompt.next_position for _, prompt in streams], device=device)
         axes = len(asked[0][1].position_ids)
-        tokens = torch.zeros(len(streams), limit, dtype=torch.int64)
-        logprobs = torch.zeros(len(streams), limit, dtype=torch.float64)
-        lengths = torch.full((len(streams),), limit)
-        rows = torch.arange(len(streams))  # which stream each row of the buffers is
+        tokens = torch.zeros(len(streams), limit, dtype=torch.int64, device=device)
+        logprobs = torch.zeros(len(streams), limit, dtype=torch.float64, device=device)
+        lengths = torch.full((len(streams),), limit, device=device)
+        rows = torch.arange(len(streams), device=device)  # which stream each row of the buffers is
         for t in range(limit):
             logits = trunk("logits", hidden, self.config.temperature or 1.0)
             logp = torch.log_softmax(_truncated(logits, self.config.top_k, self.config.top_p), -1)
@@ -116,7 +117,8 @@ class NativeEngine:
         if sp is not None:
             logprobs = sp.broadcast(logprobs)  # nor of equal log-probs, and a run that stops must stop on all ranks
         done = [
-            self._make_rollout(tokens[n, :r].tolist(), logprobs[n, :r].tolist()) for n, r in enumerate(lengths.tolist())
+            self._make_rollout(ids[:r], logps[:r])
+            for ids, logps, r in zip(tokens.tolist(), logprobs.tolist(), lengths.tolist(), strict=True)
         ]
         return [done[i : i + size] for i in range(0, len(done), size)]
 
@@ -133,7 +135,9 @@ class NativeEngine:
         for n, ((prefix, prompt), rest) in enumerate(zip(streams, rests.tolist(), strict=True)):
             token_ids[n, longest - rest :] = prompt.token_ids[prefix.length :]
             position_ids[:, n, longest - rest :] = prompt.position_ids[:, prefix.length :]
-        return prefixes, own, self.policy.trunk("decode", prefixes, own, token_ids, position_ids)
+        device = self.policy.trunk.device
+        hidden = self.policy.trunk("decode", prefixes, own, token_ids.to(device), position_ids.to(device))
+        return prefixes, own, hidden
 
     def _make_rollout(self, ids: list[int], logprobs: list[float]) -> Rollout:
         stopped = ids[-1] in self.policy.family.stop_ids
