@@ -82,6 +82,17 @@ def test_a_rank_that_fails_ends_the_run_and_only_its_own_line_says_why(dataset, 
     assert "exitcode  : 2 " in cause
 
 
+def test_a_rank_that_dies_ends_the_run_long_before_the_timeout(dataset, tmp_path, root):
+    """As by the system, when memory runs out: it says nothing; torchrun names it."""
+    config = run_config(dataset, tmp_path, "run", algo={"loss": "tests.distributed.losses:killed_on_rank_1"})
+    save_config(config, tmp_path / "run.yaml")
+    done = torchrun(root, "rl", tmp_path / "run.yaml")  # in two minutes at most, of parallel.timeout_s's thirty
+    assert done.returncode == 1
+    cause = done.stderr.partition("Root Cause")[2]
+    assert "rank      : 1 " in cause
+    assert "exitcode  : -9 " in cause
+
+
 @pytest.mark.parametrize(("size", "sp", "why"), [(1, 2, "1 = 0 x 2 + 1"), (6, 4, "6 = 1 x 4 + 2")])
 def test_wrong_numbers_of_processes_are_refused(size, sp, why):
     with pytest.raises(ValueError, match="start a multiple of") as refusal:
