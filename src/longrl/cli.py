@@ -126,13 +126,21 @@ def generate(
     n: Annotated[int, typer.Option(min=1, help="How many answers.")] = 1,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 512,
     temperature: Annotated[float, typer.Option(min=0, help="0: always the likeliest token.")] = 1.0,
+    top_k: Annotated[int | None, typer.Option(min=1, help="Draw from so many likeliest tokens.")] = None,
+    top_p: Annotated[
+        float, typer.Option(max=1, help="Draw from the likeliest tokens that together have this probability.")
+    ] = 1.0,
     seed: int = 0,
     as_json: AsJson = False,
 ) -> None:
     """Ask a model about a video."""
     from longrl.generate import generate_command
 
-    generate_command(model, video, prompt, fps, num_frames, start, end, n, max_new_tokens, temperature, seed, as_json)
+    if top_p <= 0:
+        raise ValueError(f"--top-p is {top_p:g}, expected more than 0, at most 1")
+    sampling = {"group_size": n, "max_new_tokens": max_new_tokens, "temperature": temperature}
+    sampling |= {"top_k": top_k, "top_p": top_p}
+    generate_command(model, video, prompt, fps, num_frames, start, end, sampling, seed, as_json)
 
 
 @app.command()

@@ -79,7 +79,9 @@ JOBS: dict[str, dict[str, Any]] = {
         "steps": 4,
         "model": {"dtype": "float64"},
         "memory": {"recompute": "layer"},
-        "algo": {"kl": "k3", "kl_coef": 0.1, "normalise": "sequence"},
+        "algo": {"kl": "k3", "kl_coef": 0.1, "normalise": "sequence", "updates_per_batch": 2},
+        "rewards": {"tests.e2e.rewards:late_for_some": 1.0},
+        "rollout": {"group_size": 4, "max_new_tokens": 6, "prompts_in_flight": 2},
         "eval_every_steps": 2,
         "eval": {"samples": 2},
         "checkpoint": {"every_steps": 2, "keep": 9},
@@ -145,9 +147,11 @@ class Engine(NativeEngine):
     drawn: ClassVar[dict[int, list[Rollout]]] = {}
     recorded: ClassVar[dict[int, list[Rollout]]] = {}
 
-    def _decode_in_turns(self, prefix: Prefix, prompts: Sequence[Prompt], seeds: Sequence[int]) -> list[list[Rollout]]:
+    def _decode_in_turns(
+        self, prefixes: Sequence[Prefix], prompts: Sequence[Sequence[Prompt]], seeds: Sequence[int]
+    ) -> list[list[Rollout]]:
         groups = (
-            [self.recorded[s] for s in seeds] if self.recorded else super()._decode_in_turns(prefix, prompts, seeds)
+            [self.recorded[s] for s in seeds] if self.recorded else super()._decode_in_turns(prefixes, prompts, seeds)
         )
         self.drawn.update(zip(seeds, groups, strict=True))
         return groups

@@ -159,6 +159,20 @@ def test_largest_prompt_of_a_configuration(tmp_path):
         max_prompt_tokens(config(tmp_path, model={"path": "nowhere"}), 1, GIB)
 
 
+def test_degree_grows_with_the_prompt(tmp_path):
+    path = "models/Qwen2.5-VL-3B-Instruct"
+    lean = {"recompute": "layer", "offload": True, "mlp_tile_tokens": 4096}
+    degree = degree_rule(config(tmp_path, model={"path": path}, memory=lean, parallel={"sp": "auto"}), 8, 80 * GIB)
+    degrees = [degree(tokens) for tokens in (1, 4_000, 64_000, 256_000)]
+    shared_by = [heads * ring for heads, ring in degrees]
+    assert degrees[:2] == [(1, 1), (1, 1)]
+    assert shared_by == sorted(shared_by)
+    assert shared_by[-1] > 1
+    with pytest.raises(ValueError, match="a prompt of 10000000 tokens fits no layout of 8 processes") as refusal:
+        degree(10_000_000)
+    assert "\n" not in str(refusal.value)
+
+
 @pytest.mark.parametrize(("device", "processes"), [(H200, 1), (H200, 8), (H100, 8)])
 def test_change_makes_it_fit_and_no_part_of_it_can_be_left_out(device, processes):
     setup = replace(BF16, recompute="none")

@@ -21,7 +21,7 @@ from longrl.models.streams import num_tokens
 from longrl.parallel.ranks import ALONE, Ranks
 from longrl.policy import Policy, load_policy
 from longrl.rewards.answer import answer_reward
-from longrl.rewards.compose import build_rewards
+from longrl.rewards.compose import Begun, build_rewards
 from longrl.rollout.native import NativeEngine
 from longrl.runtime import seed_for, start_run
 from longrl.types import Example, Group, Scored
@@ -121,23 +121,32 @@ def evaluate(
         change: a control: what is done to each prompt's example and media first (see controls.py).
         forced: a control: the text that every response is made to begin with.
     """
-    build = PromptBuilder(policy.family, config.cache, skips, ranks)
+    build = PromptBuilder(policy.family, config.cache, skips, ranks, skips.data.max_prompt_tokens)
+    asked = config.eval
     sampling = config.rollout.model_copy(
-        update={"group_size": config.eval.samples, "temperature": config.eval.temperature}
+        update={
+            "group_size": asked.samples,
+            "temperature": asked.temperature,
+            "top_k": asked.top_k,
+            "top_p": asked.top_p,
+        }
     )
     engine, score = NativeEngine(policy, sampling), build_rewards(config.rewards)
     forced_ids = policy.family.tokenizer.encode(forced, add_special_tokens=False)
-    found: dict[str, list[Scored]] = {}
-    together = by_media(examples)
+    begun: list[Begun] = []
+    """On the rank that judges."""
 
-    def judge(groups: Sequence[Group]) -> dict[str, list[Scored]]:
-        said = {g.id: tuple(replace(one, text=forced + one.text) for one in g.rollouts) for g in groups}
-        return {g.id: score(replace(g, rollouts=said[g.id])) for g in groups}
+    def judge(groups: Sequence[Group]) -> None:
+        for group in groups:
+            said = tuple(replace(one, text=forced + one.text) for one in group.rollouts)
+            begun.append(score.begin(replace(group, rollouts=said)))
 
     build.prepare(examples)
+    together, most = by_media(examples), config.rollout.prompts_in_flight
     for layout, mine in _deal(examples, together, build, change):
         policy.share_with(layout.sp)
-        for members in (together[k] for k in mine):
+        for some in (mine[start : start + most] for start in range(0, len(mine), most)):
+            members = [i for k in some for i in together[k]]
             kept, prompts = build([examples[i] for i in members], change)
             batch = [examples[members[k]] for k in kept]
             prompts = [prompt.followed_by(forced_ids) for prompt in prompts]
@@ -145,8 +154,9 @@ def evaluate(
             with torch.no_grad():
                 for groups, prefix in engine.rollout(batch, prompts, seeds):
                     prefix.release()
-                    found |= layout.once(judge, groups)
-    found = {name: scored for part in ranks.gather(found) for name, scored in part.items()}
+                    layout.once(judge, groups)
+    found = {one.group.id: one.result() for one in begun}
+    found = {name: scored for part in ranks.gather_all(found) for name, scored in part.items()}
     return _result(stage, examples, found, config.eval.samples, skips)
 
 

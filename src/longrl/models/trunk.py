@@ -14,8 +14,10 @@ Nobody reads what the last layer makes of a prefix but its keys and values: it i
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -45,12 +47,16 @@ class Call:
         self,
         layer: int,
         streams: int,
-        prefix: tuple[Tensor, Tensor] | None,
+        prefix: tuple[Any, Any] | None,
         own: OwnKV | None,
         exchange: Sharded | Replicated | None,
         leave: bool,
     ) -> None:
-        """leave: the layer ends once the keys and values are known."""
+        """
+        Args:
+            prefix: its keys and values [KV, P, d]; with `own` the lists of those of every prefix.
+            leave: the layer ends once the keys and values are known.
+        """
         self.layer, self.streams, self.prefix, self.own, self.exchange = layer, streams, prefix, own, exchange
         self.leave = leave
         self.keys: Tensor | None = None
@@ -87,7 +93,9 @@ def _attention(module, query, key, value, attention_mask, scaling=1.0, *, trunk_
         else:
             assert call.prefix is not None
             decode = attend_decode if exchange is None or exchange.ring is None else attend_ring_decode
-            out = decode(q, *call.own.write(call.layer, k, v), call.prefix, scaling)
+            prefixes = list(zip(*call.prefix, strict=True))
+            own = call.own.write(call.layer, k, v)
+            out = decode(q, *own, call.own.hidden, prefixes, call.own.sizes, scaling)
         out = out.transpose(1, 2).flatten(0, 1)
     if exchange is not None:
         out = exchange.leave(out, heads=query.shape[1], kv_heads=key.shape[1])
@@ -216,10 +224,11 @@ class Trunk(nn.Module):
         return logprobs.clone().to(home), entropy.clone().to(home)  # as in _attention: no views
 
     @torch.no_grad()
-    def decode(self, prefix: Prefix, own: OwnKV, token_ids: Tensor, position_ids: Tensor) -> Tensor:
+    def decode(self, prefixes: Sequence[Prefix], own: OwnKV, token_ids: Tensor, position_ids: Tensor) -> Tensor:
         """Feeds new tokens to every stream and advances `own`. Every rank of a sequence group feeds the same.
 
         Args:
+            prefixes: those that `own` was made for.
             token_ids: [N, new]; position_ids: [axes, N, new].
 
         Returns:
@@ -229,8 +238,10 @@ class Trunk(nn.Module):
         exchange = None if self.sp is None else Replicated(self.sp)
         hidden = self.embed(token_ids.flatten())[None]
         rope = self._rope(hidden[0], position_ids.flatten(1))
-        for block, k, v in zip(self.blocks, prefix.keys, prefix.values, strict=True):
-            hidden, _, _ = block(hidden, rope, exchange, count, k, v, own)
+        own.feed(new)
+        for i, block in enumerate(self.blocks):
+            keys, values = [prefix.keys[i] for prefix in prefixes], [prefix.values[i] for prefix in prefixes]
+            hidden, _, _ = block(hidden, rope, exchange, count, keys, values, own)
         own.filled += new
         return hidden[0].unflatten(0, (count, new))[:, -1]
 

@@ -14,6 +14,8 @@ Reference: FlashAttention-2 (arXiv 2307.08691), section 3.1 for the backward fro
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -58,56 +60,68 @@ def attend_plain(q: Tensor, k: Tensor, v: Tensor, prefix: tuple[Tensor, Tensor] 
 
 
 def attend_decode(
-    q: Tensor, k: Tensor, v: Tensor, hidden: Tensor, prefix: tuple[Tensor, Tensor], scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    hidden: Tensor | None,
+    prefixes: Sequence[tuple[Tensor, Tensor]],
+    sizes: Sequence[int],
+    scale: float,
 ) -> Tensor:
-    """Attention of the newest tokens of N streams, without gradients; the prefix costs one product per KV head.
+    """Attention of the newest tokens of N streams, without gradients; no prefix is copied for each of its streams.
 
     It is computed in the type of the keys: whoever decodes has them widened, once.
 
     Args:
-        q: [N, H, new, d], the last `new` of each stream's own tokens.
-        k, v: [N, KV, T, d] the streams' own keys and values.
-        hidden: bool [N, new, T], True where a token does not see a key: it comes later, or there is none.
-        prefix: keys and values [KV, P, d].
+        q: [N, H, new, d], the last `new` of each stream's T own tokens.
+        k, v: [N, KV, T, d] all of the streams' own keys and values.
+        hidden: bool [N, new, T], True where a token does not see a key; None: it sees all.
+        prefixes: keys and values [KV, P, d] of one or several.
+        sizes: how many streams, one after the other, follow each of them; perhaps none.
 
     Returns:
         [N, H, new, d].
     """
-    weights = _decode_logits(q, k, hidden, prefix[0], scale).softmax(-1)
-    return _decode_values(weights, v, prefix[1], q.shape[2]).to(q.dtype)
+    return decode_parts(q, k, v, hidden, prefixes, sizes, scale)[0].to(q.dtype)
 
 
-def attend_decode_part(
-    q: Tensor, k: Tensor, v: Tensor, hidden: Tensor, prefix: tuple[Tensor, Tensor], scale: float
-) -> tuple[Tensor, Tensor]:
-    """As attend_decode, where k, v and the prefix are a part of all: out and its log-sum-exp [N, H, new], to be merged
-    with those of the other parts; both in the type of the keys, fp32 at least."""
-    logits = _decode_logits(q, k, hidden, prefix[0], scale)
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    lse = logits.logsumexp(-1)
-    weights = (logits - lse[..., None]).exp().to(k.dtype)
-    out = _decode_values(weights, v, prefix[1], q.shape[2])
-    return out.to(lse.dtype), lse.unflatten(2, (-1, q.shape[2])).flatten(1, 2)
+def decode_parts(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    hidden: Tensor | None,
+    prefixes: Sequence[tuple[Tensor, Tensor]],
+    sizes: Sequence[int],
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same, in the type of the keys, fp32 at least; and the log-sum-exps [N, H, new] of the two segments: the
+    prefix, and a stream's own."""
+    kv_heads, wide = k.shape[1], q.to(k.dtype)
+    parts = [
+        [unfold(x, part) for x in flash(fold(part, kv_heads), far_k[None], far_v[None], False, scale)]
+        for part, (far_k, far_v) in zip(wide.split(list(sizes)), prefixes, strict=True)
+        if len(part)
+    ]
+    far, far_lse = parts[0] if len(parts) == 1 else (torch.cat(x) for x in zip(*parts, strict=True))
+    near, near_lse = _attend_own(wide, k, v, hidden, scale)
+    weight = (near_lse - far_lse).sigmoid_()[..., None]  # exp near_lse / (exp near_lse + exp far_lse)
+    return torch.lerp(far.to(weight.dtype), near.to(weight.dtype), weight), far_lse, near_lse
 
 
-def _decode_logits(q: Tensor, k: Tensor, hidden: Tensor, far_k: Tensor, scale: float) -> Tensor:
-    """[N, KV, rep * new, P + T]: of the prefix, then of a stream's own."""
-    streams, _, new, dim = q.shape
-    kv_heads, far_total = k.shape[1], far_k.shape[1]
-    q = (q.to(k.dtype) * scale).unflatten(1, (kv_heads, -1))  # [N, KV, rep, new, d]
-    far = torch.bmm(q.transpose(0, 1).reshape(kv_heads, -1, dim), far_k.transpose(1, 2))
-    far = far.view(kv_heads, streams, -1, far_total).transpose(0, 1)  # [N, KV, rep * new, P]
-    near = (q.flatten(2, 3) @ k.transpose(2, 3)).unflatten(2, (-1, new))  # [N, KV, rep, new, T]
-    return torch.cat([far, near.masked_fill(hidden[:, None, None], float("-inf")).flatten(2, 3)], -1)
-
-
-def _decode_values(weights: Tensor, v: Tensor, far_v: Tensor, new: int) -> Tensor:
-    """weights as _decode_logits -> [N, H, new, d]."""
-    (streams, kv_heads, _, dim), far_total = v.shape, far_v.shape[1]
-    far, near = weights.split([far_total, v.shape[2]], -1)
-    out = torch.bmm(far.transpose(0, 1).reshape(kv_heads, -1, far_total), far_v)
-    out = out.view(kv_heads, streams, -1, dim).transpose(0, 1) + near @ v
-    return out.unflatten(2, (-1, new)).flatten(1, 2)
+def _attend_own(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    """The streams' own part of attend_decode: out [N, H, new, d], log-sum-exp [N, H, new]; of a token that sees no key
+    0 and -inf."""
+    kv_heads, new = k.shape[1], q.shape[2]
+    q = q.unflatten(1, (kv_heads, -1)).flatten(2, 3)  # the query heads of one KV head: [N, KV, rep * new, d]
+    if hidden is None:
+        out, lse = flash(q, k, v, False, scale)
+    else:
+        logits = (q @ k.transpose(2, 3) * scale).unflatten(2, (-1, new)).masked_fill(hidden[:, None, None], -torch.inf)
+        logits = logits.flatten(2, 3).to(torch.promote_types(q.dtype, torch.float32))
+        lse = logits.logsumexp(-1)
+        weights = (logits - lse[..., None].clamp_min(torch.finfo(lse.dtype).min)).exp_()
+        out = weights.to(v.dtype) @ v
+    return out.unflatten(2, (-1, new)).flatten(1, 2), lse.unflatten(2, (-1, new)).flatten(1, 2)
 
 
 def merge(out: Tensor, lse: Tensor, more: Tensor, more_lse: Tensor) -> tuple[Tensor, Tensor]:

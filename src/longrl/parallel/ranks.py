@@ -57,6 +57,7 @@ class Ranks:
         self.rank, self.size = _place(everyone)
         self.dp_rank, self.dp_size = _place(dp)
         self.sp, self.others = sp, others
+        self.sp_rank, self.sp_size = (0, 1) if sp is None else (sp.rank, sp.size)
 
     @property
     def is_main(self) -> bool:
@@ -88,6 +89,10 @@ class Ranks:
     def gather_all(self, x: T) -> list[T]:
         """The x of every rank, on each."""
         return _gather(self.everyone, x)
+
+    def gather_sp(self, x: T) -> list[T]:
+        """The x of every rank that shares a prompt with this one, on each."""
+        return _gather(None if self.sp is None else self.sp.group, x)
 
     def once(self, make: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """What `make` returns on one of the ranks that share a prompt, told to the others: for what need not come out

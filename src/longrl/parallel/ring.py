@@ -19,7 +19,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from longrl.parallel.attend import attend_decode_part, fold, merge, unfold, widen
+from longrl.parallel.attend import decode_parts, fold, merge, unfold, widen
 from longrl.parallel.kernels import flash, flash_backward
 from longrl.parallel.layout import split
 from longrl.parallel.sequence import Passing, Peers, Sharded
@@ -63,9 +63,10 @@ def attend_ring_streams(
 
 
 def attend_ring_decode(*args) -> Tensor:
-    """As attend_decode_part, out and lse side by side [N, H, new, d + 1]: `Replicated.leave` merges those of all."""
-    out, lse = attend_decode_part(*args)
-    return torch.cat([out, lse[..., None]], -1)
+    """As attend_decode, of this place's part of the keys: the result and its log-sum-exp, side by side
+    [N, H, new, d + 1]. `Replicated.leave` merges those of all places."""
+    out, *both = decode_parts(*args)
+    return torch.cat([out, torch.logaddexp(*both)[..., None]], -1)
 
 
 def _round(x: Tensor, ring: Peers, lengths: list[int]) -> Iterator[tuple[int, Tensor]]:
