@@ -147,16 +147,9 @@ def test_largest_prompt_of_a_configuration(tmp_path):
     assert max_prompt_tokens(small, 1, 8 * GIB) == 0  # weights and optimizer alone are more
     lean = config(tmp_path, memory={"recompute": "layer", "mlp_tile_tokens": 4096}, **keys)
     assert 0 < max_prompt_tokens(small, 1, 139 * GIB) < max_prompt_tokens(lean, 1, 139 * GIB)
-    shared = config(tmp_path, parallel={"sp": "auto"}, **keys)
-    most = max_prompt_tokens(shared, 8, 139 * GIB)
+    most = max_prompt_tokens(config(tmp_path, parallel={"sp": "auto"}, **keys), 8, 139 * GIB)
     assert most > 4 * max_prompt_tokens(small, 8, 139 * GIB)
-    rule = degree_rule(shared, 8, 139 * GIB)
-    assert rule(1000) == (1, 1)
-    assert rule(most)[0] * rule(most)[1] == 8
-    with pytest.raises(ValueError, match=f"a prompt of {most + 1} tokens fits no layout of 8 processes"):
-        rule(most + 1)
-    with pytest.raises(ValueError, match=r"model\.path nowhere"):
-        max_prompt_tokens(config(tmp_path, model={"path": "nowhere"}), 1, GIB)
+    assert max_prompt_tokens(config(tmp_path, model={"path": "nowhere"}), 1, GIB) is None
 
 
 def test_degree_grows_with_the_prompt(tmp_path):

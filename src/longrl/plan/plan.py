@@ -83,15 +83,20 @@ def make_plan(config: DataRunConfig, device: str, processes: int) -> Plan:
     )
 
 
-def max_prompt_tokens(config: DataRunConfig, processes: int, gpu_bytes: int | None) -> int:
+def max_prompt_tokens(config: DataRunConfig, processes: int, gpu_bytes: int | None) -> int | None:
     """The longest prompt that this configuration has room for: one that is longer is refused before it is decoded.
 
     Args:
         gpu_bytes: memory of each process's GPU; None: they run on CPUs.
 
+    Returns:
+        Tokens; None where the model's sizes are not known.
+
     Raises:
-        ValueError: the model's sizes cannot be read.
+        ValueError: they cannot be read.
     """
+    if shape_of(config.model.path) is None:
+        return None
     shape, setup, work, device = _without_prompt(config, processes, gpu_bytes)
     setups = [setup]
     if config.parallel.sp == "auto":
@@ -157,6 +162,7 @@ def setup_of(config: DataRunConfig, shape: ModelShape) -> Setup:
         recompute=memory.recompute,
         offload=memory.offload,
         mlp_tile_tokens=memory.mlp_tile_tokens,
+        prompts_in_flight=config.rollout.prompts_in_flight if isinstance(config, RlConfig | EvalRunConfig) else 1,
         weight_bytes=BYTES[model.dtype],
         compute_bytes=BYTES[model.compute_dtype or model.dtype],
         lora_rank=model.lora.rank if model.lora else 0,
@@ -191,5 +197,6 @@ def work_of(config: DataRunConfig, prompt: PromptSize) -> Work:
         max_streams=config.rollout.max_streams,
         rollout=True,
         trains=isinstance(config, RlConfig),
+        updates=config.algo.updates_per_batch if isinstance(config, RlConfig) else 1,
         reference=isinstance(config, RlConfig) and config.algo.kl != "off",
     )
