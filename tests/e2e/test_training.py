@@ -16,6 +16,7 @@ from longrl.models import load_family
 from longrl.report.metrics import read_metrics
 from longrl.train_rl import train_rl
 from longrl.train_sft import train_sft
+from longrl.types import MediaError
 from tests.e2e import rewards
 from tests.e2e.conftest import rl_config, sft_config
 
@@ -225,3 +226,12 @@ def test_rl_evaluates_when_due_and_at_the_end(dataset, tmp_path):
     train_rl(rl_config(dataset, tmp_path, steps=3, eval_every_steps=2, eval={"samples": 1}))
     lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
     assert ["eval/accuracy" in line for line in lines] == [False, True, True]
+
+
+def test_a_prompt_over_the_memory_plan_is_refused_before_it_is_decoded(dataset, tmp_path, monkeypatch):
+    monkeypatch.setattr("longrl.plan.devices._machine_bytes", lambda: 225 * 2**20)  # of a very small machine
+    decoded = []
+    monkeypatch.setattr("longrl.video.decode.Selection.read", lambda *args: decoded.append(args))
+    with pytest.raises(MediaError, match=r"its prompt would have \d+ tokens, .* the memory plan .* allows \d+;"):
+        train_rl(rl_config(dataset, tmp_path, cache={"dir": str(tmp_path / "cache")}))
+    assert not decoded
