@@ -316,8 +316,8 @@ class RlConfig(AnswerConfig, TrainConfig):
             )
         if self.model.trains_encoder and self.algo.updates_per_batch > 1:
             raise ValueError(
-                f"algo.updates_per_batch is {self.algo.updates_per_batch}, but model.train is {list(self.model.train)}: "
-                "the second update would need other embeddings; set it to 1, or train the language model alone"
+                f"algo.updates_per_batch is {self.algo.updates_per_batch}, model.train {list(self.model.train)}: "
+                "but videos are embedded once a step; set it to 1, or train the language model alone"
             )
         return self
 
