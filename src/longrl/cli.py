@@ -143,15 +143,25 @@ def bench_step(
     prompt_tokens: Annotated[int, typer.Option(min=2)] = 4096,
     group_size: Annotated[int, typer.Option(min=1, help="Responses.")] = 8,
     response_tokens: Annotated[int, typer.Option(min=1)] = 64,
-    repeats: Annotated[int, typer.Option(min=1, help="Timed runs of each path, after one that is not.")] = 3,
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; all if not given.")] = None,
+    video_tokens: Annotated[int, typer.Option(min=0, help="Of the prompt; synthetic frames are encoded.")] = 0,
+    sp: Annotated[int, typer.Option(min=1, help="Processes, started here.")] = 1,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed runs of each path.")] = 3,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of all processes; all if not given.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """One training step along several paths: the prompt once, or once for every response."""
-    from longrl.bench import Work, bench_step
+    from longrl.bench.work import Work
 
-    work = Work(prompt_tokens=prompt_tokens, group_size=group_size, response_tokens=response_tokens)
-    bench_step(work, repeats, threads, as_json)
+    work = Work(
+        prompt_tokens=prompt_tokens,
+        group_size=group_size,
+        response_tokens=response_tokens,
+        video_tokens=video_tokens,
+        sp=sp,
+    )
+    from longrl.bench.table import bench_step as measure_and_print
+
+    measure_and_print(work, repeats, threads or os.cpu_count() or 1, as_json)
 
 
 @cache_app.command("build")
