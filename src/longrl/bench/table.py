@@ -87,8 +87,8 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
         )
     lines += [
         "x plain: speed-up; by FLOPs: counted, what it would be at equal rates; bound: the same of the prompt alone",
-        "passes: forward passes over the prompt, a backward counts two; x floor: seconds over those of the FLOPs at the",
-        "measured rate of products",
+        "passes: forward passes over the prompt, a backward counts two; x floor: seconds over those of the FLOPs at",
+        "the measured rate of products",
         "gradients: largest relative difference to plain's; sent: by all ranks, besides gradients",
     ]
     return lines

@@ -53,7 +53,7 @@ def _process(rank: int, size: int, folder: str, call: Callable[..., Any], args: 
         cuda = torch.cuda.is_available()
         if cuda:
             torch.cuda.set_device(rank)
-        store = dist.FileStore(f"{folder}/store", size)
+        store = dist.FileStore(f"{folder}/store", size)  # pyright: ignore[reportPrivateImportUsage]
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
         sp = SequenceGroup()
