@@ -19,8 +19,6 @@ class ModelConfig(Section):
     path: str
     """A Hugging Face folder, or `tiny:FAMILY` for the family's random-weight twin (`tiny:qwen2_5_vl`)."""
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
-    recompute: bool = False
-    """Recompute each layer in the backward pass instead of keeping its activations."""
 
     def at(self, path: str | Path) -> ModelConfig:
         """The same, of another checkpoint."""
@@ -140,6 +138,27 @@ class ParallelConfig(Section):
         return self
 
 
+class MemoryConfig(Section):
+    """What is kept of a prompt's pass for its backward, and where. All give the same gradients."""
+
+    recompute: Literal["none", "layer", "keep_attention"] = "none"
+    """Compute layers again in the backward instead of keeping their activations; `keep_attention` keeps what each
+    attention gave, which is most of the work where prompts are long."""
+    offload: bool = False
+    """Keep the inputs of recomputed layers in host memory."""
+    mlp_tile_tokens: Annotated[int, Field(ge=1)] | None = None
+    """Run each layer's MLP over so many tokens at a time; null: all at once."""
+
+    @model_validator(mode="after")
+    def _inputs_to_offload(self) -> MemoryConfig:
+        if self.offload and self.recompute == "none":
+            raise ValueError("offload is true, but recompute is none, so there are no inputs of layers to offload")
+        return self
+
+
+ALL_KEPT = MemoryConfig()
+
+
 class RunConfig(Section):
     """What every run has."""
 
@@ -157,6 +176,7 @@ class DataRunConfig(RunConfig):
 
     data: DataConfig = DataConfig()
     parallel: ParallelConfig = ParallelConfig()
+    memory: MemoryConfig = MemoryConfig()
 
 
 class AnswerConfig(Section):

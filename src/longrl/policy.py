@@ -16,7 +16,7 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor
 
-from longrl.config import DataRunConfig, ModelConfig
+from longrl.config import ALL_KEPT, DataRunConfig, MemoryConfig, ModelConfig
 from longrl.models import load_family
 from longrl.models.family import Family
 from longrl.models.streams import Streams, split_length
@@ -38,10 +38,16 @@ class Policy:
     """A family's model, its trunk, and how many updates it has had."""
 
     def __init__(
-        self, family: Family, *, recompute: bool = False, sp: SequenceGroup | None = None, sharded: bool = False
+        self,
+        family: Family,
+        *,
+        memory: MemoryConfig = ALL_KEPT,
+        sp: SequenceGroup | None = None,
+        sharded: bool = False,
     ) -> None:
         """
         Args:
+            memory: what backward passes recompute.
             sp: the ranks that share every prompt; each calls the same methods with the same prompts and streams.
             sharded: they share the weights too.
 
@@ -51,7 +57,7 @@ class Policy:
         if sp is not None:
             require_heads(family.model.config.get_text_config().num_key_value_heads, sp.size)
         self.family = family
-        self.trunk = Trunk(family.parts(), recompute=recompute, sp=sp)
+        self.trunk = Trunk(family.parts(), memory=memory, sp=sp)
         if sharded:
             assert sp is not None, "one rank has nobody to share the weights with"
             shard(self.trunk, self.trunk.blocks, sp)
@@ -102,7 +108,7 @@ def load_policy(model: ModelConfig, config: DataRunConfig, ranks: Ranks) -> Poli
         ValueError: as load_family and Policy.
     """
     family = load_family(model, config.runtime.seed)
-    return Policy(family, recompute=model.recompute, sp=ranks.sp, sharded=config.parallel.shard)
+    return Policy(family, memory=config.memory, sp=ranks.sp, sharded=config.parallel.shard)
 
 
 def micro_batches(streams: Streams) -> Iterator[slice]:

@@ -54,7 +54,8 @@ JOBS: dict[str, dict[str, Any]] = {
     "live": {
         "kind": "rl",
         "steps": 4,
-        "model": {"dtype": "float64", "recompute": True},
+        "model": {"dtype": "float64"},
+        "memory": {"recompute": "layer"},
         "algo": {"kl": "k3", "kl_coef": 0.1, "normalise": "sequence"},
         "eval_every_steps": 2,
         "eval": {"samples": 2},

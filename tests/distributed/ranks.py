@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForImageTextToText
 
 from longrl import policy as policy_module
-from longrl.config import RolloutConfig
+from longrl.config import ALL_KEPT, MemoryConfig, RolloutConfig
 from longrl.models.qwen_vl import Qwen25VL
 from longrl.models.streams import make_streams
 from longrl.parallel.gradients import sum_gradients
@@ -47,20 +47,21 @@ class Case:
     """Tokens of each question after that."""
     responses: tuple[int, ...]
     """Tokens of each response to each question."""
-    recompute: bool = False
+    memory: MemoryConfig = ALL_KEPT
     stream_tokens: int = 8192
 
 
+RECOMPUTED = MemoryConfig(recompute="layer")
 CASES = {
     "twin": Case(heads=None, layout=(3, 28, 2), questions=(4, 6, 1), responses=(7, 3)),
     "twin, fp32, recomputed": Case(
-        heads=None, dtype=torch.float32, layout=(3, 28, 2), questions=(4, 6, 1), responses=(7, 3), recompute=True
+        heads=None, dtype=torch.float32, layout=(3, 28, 2), questions=(4, 6, 1), responses=(7, 3), memory=RECOMPUTED
     ),
     "1 KV head, 3 query heads, media first": Case(
         heads=3, kv_heads=1, layout=(0, 21), questions=(3,), responses=(5, 9, 1)
     ),
     "2 KV heads, 6 query heads, 3 media, recomputed": Case(
-        heads=6, layout=(2, 9, 1, 5, 3, 12, 1), questions=(2, 5), responses=(4, 8), recompute=True
+        heads=6, layout=(2, 9, 1, 5, 3, 12, 1), questions=(2, 5), responses=(4, 8), memory=RECOMPUTED
     ),
     "2 KV heads, 14 query heads, fp32, micro-batches": Case(
         heads=14, dtype=torch.float32, layout=(5, 30), questions=(3,), responses=(4, 9, 1, 6, 2), stream_tokens=25
@@ -124,7 +125,7 @@ def train(case: Case, sp: SequenceGroup | None) -> dict[str, Any]:
     """One cohort's backward. The loss mixes all tokens of a response, so a rank needs the others' log-probs."""
     policy_module.STREAM_TOKENS = case.stream_tokens
     family = make_family(case.heads, case.kv_heads, case.dtype)
-    policy = Policy(family, recompute=case.recompute, sp=sp)
+    policy = Policy(family, memory=case.memory, sp=sp)
     prompts = make_prompts(family, case)
     generator = torch.Generator().manual_seed(3)
     rows = [prompt for prompt in prompts for _ in case.responses]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from longrl.config import MemoryConfig
 from longrl.models.qwen_vl import Qwen25VL
 from longrl.models.streams import make_streams
 from longrl.policy import Policy
@@ -72,16 +73,23 @@ def gradients(family: Qwen25VL) -> dict[str, torch.Tensor]:
     return found
 
 
+MEMORY = {
+    "kept": MemoryConfig(),
+    "recomputed": MemoryConfig(recompute="layer"),
+    "attention kept, offloaded, tiled": MemoryConfig(recompute="keep_attention", offload=True, mlp_tile_tokens=40),
+}
+
+
 # transformers' norms and rotary embedding compute in fp32 whatever the dtype: the floor in fp64 is about 1e-8
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-7), (torch.float32, 1e-5)])
 @pytest.mark.parametrize(
     "questions", [["what comes first?"], ["what comes first?", "where is the red circle?", "who?"]]
 )
 @pytest.mark.parametrize("lengths", [[5], [7, 3], [4, 9, 1, 6, 2, 12, 8, 3]])
-@pytest.mark.parametrize("recompute", [False, True])
-def test_gradients_equal_separate_sequences(dtype, bound, questions, lengths, recompute):
+@pytest.mark.parametrize("memory", MEMORY, ids=MEMORY)
+def test_gradients_equal_separate_sequences(dtype, bound, questions, lengths, memory):
     family = Qwen25VL.tiny(0, dtype)
-    policy = Policy(family, recompute=recompute)
+    policy = Policy(family, memory=MEMORY[memory])
     prompts = make_prompts(family, 90, questions)
     rows = [prompt for prompt in prompts for _ in lengths]
     responses = responses_of(family, lengths * len(prompts))

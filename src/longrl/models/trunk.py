@@ -9,18 +9,22 @@ Attention is a function registered with transformers' attention interface under 
 keys and values and returned by the Block as outputs. No globals, no patches.
 
 With a sequence group, prefix and suffix hold this rank's tokens, and attention has an exchange before and after it.
+Nobody reads what the last layer makes of a prefix but its keys and values: it is left as soon as they are there.
 """
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from longrl.config import ALL_KEPT, MemoryConfig
+from longrl.models.offload import Offload
 from longrl.models.own_kv import OwnKV
+from longrl.models.recompute import TiledMLP, recomputed
 from longrl.models.streams import Streams
 from longrl.parallel.attend import attend, attend_decode
 from longrl.parallel.sequence import Replicated, SequenceGroup, Sharded
@@ -34,7 +38,7 @@ HEAD_CHUNK = 2048
 class Call:
     """What one call of one layer must know, and what it hands back. A plain class: FSDP2 looks inside dataclasses."""
 
-    __slots__ = ("exchange", "keys", "layer", "own", "prefix", "streams", "values")
+    __slots__ = ("exchange", "keys", "layer", "leave", "own", "prefix", "streams", "values")
 
     def __init__(
         self,
@@ -43,10 +47,17 @@ class Call:
         prefix: tuple[Tensor, Tensor] | None,
         own: OwnKV | None,
         exchange: Sharded | Replicated | None,
+        leave: bool,
     ) -> None:
+        """leave: the layer ends once the keys and values are known."""
         self.layer, self.streams, self.prefix, self.own, self.exchange = layer, streams, prefix, own, exchange
+        self.leave = leave
         self.keys: Tensor | None = None
         self.values: Tensor | None = None
+
+
+class _Left(Exception):
+    """Thrown from a layer's attention to its Block."""
 
 
 def _attention(module, query, key, value, attention_mask, scaling=1.0, *, trunk_call: Call, **_):
@@ -58,7 +69,10 @@ def _attention(module, query, key, value, attention_mask, scaling=1.0, *, trunk_
         q, k, v = call.exchange.enter(q, k, v)  # fewer heads, the tokens of all ranks
     if call.prefix is None:
         # a view returned from a Block would lose FSDP2's backward hook
-        call.keys, call.values = k.clone(), v.clone()
+        k, v = (x.clone() if x._is_view() else x for x in (k, v))
+        call.keys, call.values = k, v
+        if call.leave:
+            raise _Left
     q, k, v = (x.unflatten(1, (call.streams, -1)).transpose(0, 1) for x in (q, k, v))  # [N, heads, R, d]
     if call.own is not None:
         assert call.prefix is not None
@@ -81,20 +95,27 @@ class Block(nn.Module):
     They are None where there is a prefix already: nobody continues a stream's own keys and values from here.
     """
 
-    def __init__(self, index: int, layer: nn.Module, recompute: bool) -> None:
+    def __init__(self, index: int, layer: nn.Module, memory: MemoryConfig) -> None:
         super().__init__()
-        self.index, self.layer, self.recompute = index, layer, recompute
+        self.index, self.layer, self.recompute = index, layer, memory.recompute
+        if memory.mlp_tile_tokens is not None:
+            layer.mlp = TiledMLP(layer.mlp, memory.mlp_tile_tokens)
 
-    def _run(self, hidden, rope, exchange, streams, far_k, far_v, own):
-        call = Call(self.index, streams, None if far_k is None else (far_k, far_v), own, exchange)
-        hidden = self.layer(hidden, attention_mask=None, position_embeddings=rope, trunk_call=call)
+    def forward(self, hidden, rope, exchange, streams=1, far_k=None, far_v=None, own=None, leave=False, offload=None):
+        """hidden [1, T, D] -> the same of the next layer (None if left early), keys and values [KV, T, d]."""
+        args = (hidden, rope, exchange, streams, far_k, far_v, own, leave)
+        if self.recompute == "none":
+            return self._run(*args)
+        with nullcontext() if offload is None else offload.keeps(hidden):
+            return recomputed(self._run, *args, keep_attention=self.recompute == "keep_attention")
+
+    def _run(self, hidden, rope, exchange, streams, far_k, far_v, own, leave):
+        call = Call(self.index, streams, None if far_k is None else (far_k, far_v), own, exchange, leave)
+        try:
+            hidden = self.layer(hidden, attention_mask=None, position_embeddings=rope, trunk_call=call)
+        except _Left:
+            hidden = None
         return hidden, call.keys, call.values
-
-    def forward(self, hidden, rope, exchange, streams=1, far_k=None, far_v=None, own=None):
-        args = (hidden, rope, exchange, streams, far_k, far_v, own)
-        if self.recompute and torch.is_grad_enabled():
-            return checkpoint(self._run, *args, use_reentrant=False, preserve_rng_state=False)
-        return self._run(*args)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,11 +132,11 @@ class TrunkParts:
 class Trunk(nn.Module):
     """See the module's docstring. One door (`forward(job, ...)`), so that root hooks always run."""
 
-    def __init__(self, parts: TrunkParts, *, recompute: bool = False, sp: SequenceGroup | None = None) -> None:
+    def __init__(self, parts: TrunkParts, *, memory: MemoryConfig = ALL_KEPT, sp: SequenceGroup | None = None) -> None:
         super().__init__()
-        self.sp = sp
+        self.sp, self.offload = sp, memory.offload
         self.embed, self.norm, self.rotary, self.head = parts.embed, parts.norm, parts.rotary, parts.head
-        self.blocks = nn.ModuleList(Block(index, layer, recompute) for index, layer in enumerate(parts.layers))
+        self.blocks = nn.ModuleList(Block(index, layer, memory) for index, layer in enumerate(parts.layers))
 
     def forward(self, job: str, *args, **kwargs):
         return getattr(self, job)(*args, **kwargs)
@@ -136,8 +157,9 @@ class Trunk(nn.Module):
         hidden = self._embed(prompt, mine)[None]
         rope = self._rope(hidden, prompt.position_ids[:, mine])
         keys, values = [], []
+        offload = Offload() if self.offload and torch.is_grad_enabled() else None
         for block in self.blocks:
-            hidden, k, v = block(hidden, rope, exchange)
+            hidden, k, v = block(hidden, rope, exchange, leave=block is self.blocks[-1], offload=offload)
             keys.append(k)
             values.append(v)
         return Prefix(keys, values, length, version)
@@ -218,8 +240,7 @@ class Trunk(nn.Module):
             return logp.gather(-1, labels[:, None]).sum(-1), entropy
 
         parts = [
-            checkpoint(score, h, y, use_reentrant=False, preserve_rng_state=False)
-            for h, y in zip(hidden.split(HEAD_CHUNK), labels.split(HEAD_CHUNK), strict=True)
+            recomputed(score, h, y) for h, y in zip(hidden.split(HEAD_CHUNK), labels.split(HEAD_CHUNK), strict=True)
         ]
         logprobs, entropy = zip(*parts, strict=True)  # pyright: ignore
         return torch.cat(logprobs), torch.cat(entropy)

@@ -16,6 +16,14 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 _aten = torch.ops.aten
+KERNELS = frozenset(
+    (
+        _aten._scaled_dot_product_flash_attention_for_cpu.default,
+        _aten._scaled_dot_product_flash_attention.default,
+        _aten._scaled_dot_product_efficient_attention.default,
+    )
+)
+"""The forward ones, for whoever wants to keep what they give."""
 _HALF = (torch.bfloat16, torch.float16)
 _LSE_ROWS = 32
 """The memory-efficient kernel wants log-sum-exps in multiples of so many rows."""

@@ -91,7 +91,7 @@ class Sharded:
         counts = [x.shape[2] for x in heads]
         sent = torch.cat(heads, 2).flatten(0, 1)  # one message, not three
         got = _AllToAll.apply(sent, self.sp, self.lengths, [mine] * size, self.kind)
-        q, k, v = got.transpose(0, 1).split(counts)
+        q, k, v = (x.contiguous() for x in got.transpose(0, 1).split(counts))  # or one kept would keep the message
         return q, k, v
 
     def leave(self, out: Tensor, heads: int, kv_heads: int) -> Tensor:
