@@ -123,7 +123,9 @@ class Work:
         return {"fused": 1, "shared": 3}[path] * _prefix(prompt) + _prefix_backward(prompt) + tower
 
 
-_WEIGHTS = LAYERS * (WIDTH * (WIDTH // HEADS) * (2 * HEADS + 2 * KV_HEADS) + 3 * WIDTH * MLP)
+_QUERIES, _KEYS = WIDTH * WIDTH, 2 * WIDTH * KV_HEADS * (WIDTH // HEADS)
+"""Weights of a layer that make queries, and keys and values."""
+_WEIGHTS = LAYERS * (2 * _QUERIES + _KEYS + 3 * WIDTH * MLP)
 
 
 def _forward(tokens: int, before: int) -> float:
@@ -132,14 +134,13 @@ def _forward(tokens: int, before: int) -> float:
 
 
 def _prefix(tokens: int) -> float:
-    """The trunk's pass over a prefix."""
-    return _forward(tokens, 0)
+    """The trunk's pass over a prefix: it leaves the last layer with the keys and values, before attention."""
+    return _forward(tokens, 0) - tokens * (2 * (_WEIGHTS / LAYERS - _QUERIES - _KEYS) + 4 * WIDTH * tokens / 2)
 
 
 def _prefix_backward(tokens: int) -> float:
-    """Of the last layer only keys and values have a gradient: nothing comes of its queries, attention and MLP."""
-    unused = _WEIGHTS / LAYERS - 2 * WIDTH * KV_HEADS * (WIDTH // HEADS)
-    return 2 * (_forward(tokens, 0) - tokens * (2 * unused + 4 * WIDTH * tokens / 2))
+    """As two of those, but for the last layer's queries, which have no gradient."""
+    return 2 * (_prefix(tokens) - tokens * 2 * _QUERIES)
 
 
 def _encode(tokens: int) -> float:
