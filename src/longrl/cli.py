@@ -127,6 +127,18 @@ def generate(
 
 
 @app.command()
+def verify(
+    model: Annotated[str, typer.Option(help="A Hugging Face folder, or tiny:FAMILY.")],
+    sp: Annotated[int, typer.Option(min=1, help="Also split a prompt over so many processes, started here.")] = 1,
+    dtype: Annotated[str, typer.Option(help="fp64, fp32 or bf16.")] = "fp32",
+) -> None:
+    """Check that a model, on this machine, computes what the slow way computes."""
+    from longrl.verify import verify_command
+
+    verify_command(model, sp, dtype)
+
+
+@app.command()
 def export(
     run: Annotated[Path, typer.Argument(help="A run directory.")],
     out: Annotated[Path, typer.Option(help="The folder to write; must be empty or absent.")],
