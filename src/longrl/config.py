@@ -19,6 +19,8 @@ class ModelConfig(Section):
     path: str
     """A Hugging Face folder, or `tiny:FAMILY` for the family's random-weight twin (`tiny:qwen2_5_vl`)."""
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """`auto`: a GPU where there is one."""
 
     def at(self, path: str | Path) -> ModelConfig:
         """The same, of another checkpoint."""

@@ -17,6 +17,8 @@ from longrl.config_files import flatten, read_yaml, save_config
 logger = logging.getLogger(__name__)
 
 CONFIG_NAME = "config.yaml"
+_FREE = ("parallel.", "memory.", "model.device")
+"""Keys that may change when a run is taken up again."""
 
 
 def rank_and_size() -> tuple[int, int]:
@@ -99,10 +101,10 @@ def _claim(run_dir: Path, config: RunConfig) -> None:
 
 
 def _require_same(config: RunConfig, path: Path) -> None:
-    """But for `parallel`, which does not change what a run computes."""
+    """But for where it computes and what it keeps meanwhile, which do not change the results."""
     there, here = flatten(read_yaml(path)), flatten(config.model_dump(mode="json"))
     unset: dict[str, Any] = {}
-    keys = [key for key in {**here, **there} if not key.startswith("parallel.")]
+    keys = [key for key in {**here, **there} if not key.startswith(_FREE)]
     differing = [key for key in keys if there.get(key, unset) != here.get(key, unset)]
     if not differing:
         return

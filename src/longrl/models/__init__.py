@@ -18,8 +18,8 @@ def load_family(config: ModelConfig, seed: int = 0) -> Family:
     """Loads a checkpoint folder, or makes the tiny twin for `tiny:FAMILY`.
 
     Raises:
-        ValueError: no such folder, no config.json in it, a model_type that no family handles, or weights that are
-            missing or unreadable.
+        ValueError: no such folder, no config.json in it, a model_type that no family handles, weights that are
+            missing or unreadable, or no such device.
     """
     import importlib
 
@@ -43,4 +43,18 @@ def load_family(config: ModelConfig, seed: int = 0) -> Family:
         )
     module, name = FAMILIES[model_type].split(":")
     family = getattr(importlib.import_module(module), name)
-    return family.tiny(seed, dtype) if path is None else family.load(path, dtype)
+    loaded = family.tiny(seed, dtype) if path is None else family.load(path, dtype)
+    loaded.model.to(_device(config))
+    return loaded
+
+
+def _device(config: ModelConfig) -> str:
+    """
+    Raises:
+        ValueError: it is asked for and not there.
+    """
+    import torch
+
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("model.device is cuda, but PyTorch finds no GPU; use auto or cpu, or install PyTorch for CUDA")
+    return "cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu"

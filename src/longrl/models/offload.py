@@ -19,9 +19,10 @@ class Offload:
     @contextmanager
     def keeps(self, hidden: Tensor) -> Iterator[None]:
         """Inside, what autograd saves of `hidden` is put on the host, all else stays where it is."""
+        which = hidden.data_ptr(), hidden.shape  # autograd holds these functions, and they must not hold the tensor
 
         def pack(x: Tensor) -> Tensor | _HostCopy:
-            if x.data_ptr() != hidden.data_ptr() or x.shape != hidden.shape:
+            if (x.data_ptr(), x.shape) != which:
                 return x
             self._last = _HostCopy(x, self._last)
             return self._last

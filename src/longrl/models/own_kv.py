@@ -17,10 +17,11 @@ class OwnKV:
             lengths: int64 [N], prompt tokens of each stream after the prefix; all are fed in the first call.
             max_new: tokens to be decoded after those.
         """
+        lengths = lengths.to(prefix.keys[0].device)
         longest = int(lengths.max())
         size = longest + max_new
         self.filled = 0
-        self.padding = torch.arange(size) < (longest - lengths)[:, None]
+        self.padding = torch.arange(size, device=lengths.device) < (longest - lengths)[:, None]
         """bool [N, size]: True where there is no token."""
         shape = [(len(lengths), x.shape[0], size, x.shape[-1]) for x in prefix.keys]
         self.keys = [x.new_zeros(s) for x, s in zip(prefix.keys, shape, strict=True)]

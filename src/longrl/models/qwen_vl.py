@@ -198,7 +198,7 @@ class Qwen25VL:
             embeds, grid = self.encode_frames(chunks(), clip.max_pixels)
         timestamps = torch.from_numpy(np.concatenate(times))
         return MediaEmbeds(
-            embeds=embeds,
+            embeds=embeds.cpu(),
             grid_thw=grid,
             seconds_per_grid=_seconds_per_grid(clip, timestamps, self._vision.temporal_patch_size),
             timestamps_s=timestamps,
@@ -211,7 +211,8 @@ class Qwen25VL:
         embeds, grid_t, grid_hw = [], 0, (0, 0)
         for pixels in _even_chunks(chunks, self._vision.temporal_patch_size):
             rows, grid = self.patches(pixels, max_pixels)
-            embeds.append(self.model.model.visual(rows, grid_thw=torch.tensor([grid])).pooler_output)
+            grids = torch.tensor([grid], device=rows.device)
+            embeds.append(self.model.model.visual(rows, grid_thw=grids).pooler_output)
             grid_t, grid_hw = grid_t + grid[0], grid[1:]
         return torch.cat(embeds), (grid_t, *grid_hw)
 
@@ -235,7 +236,7 @@ class Qwen25VL:
         t, h, w = len(x) // temporal, height // patch, width // patch
         x = x.view(t, temporal, 3, h // merge, merge, patch, w // merge, merge, patch)
         x = x.permute(0, 3, 6, 4, 7, 2, 1, 5, 8).reshape(t * h * w, -1)
-        return x.to(self.model.dtype), (t, h, w)
+        return x.to(self.model.device, self.model.dtype), (t, h, w)
 
     def _size(self, pixels: np.ndarray, max_pixels: int | None) -> tuple[int, int]:
         limit = min(self.max_pixels, max_pixels or self.max_pixels)

@@ -34,6 +34,14 @@ class Streams:
             mask=self.mask[rows],
         )
 
+    def to(self, device: torch.device) -> Streams:
+        return Streams(
+            token_ids=self.token_ids.to(device),
+            position_ids=self.position_ids.to(device),
+            labels=self.labels.to(device),
+            mask=self.mask.to(device),
+        )
+
     def padded(self, length: int) -> Streams:
         """The same streams, zeros behind rows shorter than `length`."""
         more = max(0, length - self.token_ids.shape[1])

@@ -138,6 +138,10 @@ class Trunk(nn.Module):
         self.embed, self.norm, self.rotary, self.head = parts.embed, parts.norm, parts.rotary, parts.head
         self.blocks = nn.ModuleList(Block(index, layer, memory) for index, layer in enumerate(parts.layers))
 
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
     def forward(self, job: str, *args, **kwargs):
         return getattr(self, job)(*args, **kwargs)
 
@@ -155,7 +159,7 @@ class Trunk(nn.Module):
             if end > length:
                 raise AssertionError(f"the prefix of {length} tokens ends before its media at {start}:{end}")
         hidden = self._embed(prompt, mine)[None]
-        rope = self._rope(hidden, prompt.position_ids[:, mine])
+        rope = self._rope(hidden, prompt.position_ids[:, mine].to(hidden.device))
         keys, values = [], []
         offload = Offload() if self.offload and torch.is_grad_enabled() else None
         for block in self.blocks:
@@ -169,9 +173,10 @@ class Trunk(nn.Module):
 
         Returns:
             logprobs, entropy [N, R]: of logits / temperature; zero where streams.mask is False. Of all tokens, on every
-            rank of a sequence group; each scores its own.
+            rank of a sequence group; each scores its own. On the device of the streams, which need not be the model's.
         """
         count, length = streams.token_ids.shape
+        home, streams = streams.mask.device, streams.to(self.device)
         if self.sp is not None:
             streams = streams.padded(-(-self.sp.size // count))  # a few responses of one token still are a token a rank
         mine, exchange = self._share(streams.mask.numel(), "suffix")
@@ -187,7 +192,7 @@ class Trunk(nn.Module):
         if self.sp is not None:
             logprobs, entropy = self.sp.gather(torch.stack([logprobs, entropy]), streams.mask.numel())
         logprobs, entropy = (x.view_as(streams.mask)[:, :length] for x in (logprobs, entropy))
-        return logprobs.clone(), entropy.clone()  # as in _attention: no views
+        return logprobs.clone().to(home), entropy.clone().to(home)  # as in _attention: no views
 
     @torch.no_grad()
     def decode(self, prefix: Prefix, own: OwnKV, token_ids: Tensor, position_ids: Tensor) -> Tensor:
@@ -221,11 +226,11 @@ class Trunk(nn.Module):
         """[T, D] of a prompt's tokens, media in their slots; of media, which may be memory-mapped, no other rows are
         read."""
         first, last = tokens.start, tokens.stop
-        hidden = self.embed(prompt.token_ids[tokens])
+        hidden = self.embed(prompt.token_ids[tokens].to(self.device))
         for media, slot in zip(prompt.media, prompt.media_slots, strict=True):
             start, end = max(first, slot[0]), min(last, slot[1])
             if start < end:
-                rows = media.embeds[start - slot[0] : end - slot[0]].to(hidden.dtype)
+                rows = media.embeds[start - slot[0] : end - slot[0]].to(hidden)
                 hidden = torch.cat([hidden[: start - first], rows, hidden[end - first :]])
         return hidden
 

@@ -9,6 +9,7 @@ process has no process group, and none of the messages below.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -81,6 +82,8 @@ def start_ranks(config: ParallelConfig) -> Iterator[Ranks]:
         yield ALONE
         return
     timeout = timedelta(seconds=config.timeout_s)
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, timeout=timeout)
     try:

@@ -71,16 +71,17 @@ class NativeEngine:
     @torch.no_grad()
     def _decode(self, prefix: Prefix, prompts: Sequence[Prompt], seeds: Sequence[int]) -> list[list[Rollout]]:
         size, limit = self.config.group_size, self.config.max_new_tokens
-        trunk, sp, stop = self.policy.trunk, self.policy.trunk.sp, torch.tensor(sorted(self.policy.family.stop_ids))
-        noise = torch.stack([_uniform(seed, g, limit) for seed in seeds for g in range(size)])
+        trunk, sp, device = self.policy.trunk, self.policy.trunk.sp, self.policy.trunk.device
+        stop = torch.tensor(sorted(self.policy.family.stop_ids), device=device)
+        noise = torch.stack([_uniform(seed, g, limit) for seed in seeds for g in range(size)]).to(device)
         streams = [prompt for prompt in prompts for _ in range(size)]
         own, hidden = self._prefill(prefix, streams, limit)
-        next_position = torch.tensor([prompt.next_position for prompt in streams])
+        next_position = torch.tensor([prompt.next_position for prompt in streams], device=device)
         axes = len(prompts[0].position_ids)
-        tokens = torch.zeros(len(streams), limit, dtype=torch.int64)
-        logprobs = torch.zeros(len(streams), limit, dtype=torch.float64)
-        lengths = torch.full((len(streams),), limit)
-        rows = torch.arange(len(streams))  # which stream each row of the buffers is
+        tokens = torch.zeros(len(streams), limit, dtype=torch.int64, device=device)
+        logprobs = torch.zeros(len(streams), limit, dtype=torch.float64, device=device)
+        lengths = torch.full((len(streams),), limit, device=device)
+        rows = torch.arange(len(streams), device=device)  # which stream each row of the buffers is
         for t in range(limit):
             logp = torch.log_softmax(trunk("logits", hidden, self.config.temperature or 1.0), -1)
             drawn = _draw(logp, noise[rows, t]) if self.config.temperature else logp.argmax(-1)
@@ -102,7 +103,8 @@ class NativeEngine:
         if sp is not None:
             logprobs = sp.broadcast(logprobs)  # nor of equal log-probs, and a run that stops must stop on all ranks
         done = [
-            self._make_rollout(tokens[n, :r].tolist(), logprobs[n, :r].tolist()) for n, r in enumerate(lengths.tolist())
+            self._make_rollout(ids[:r], logps[:r])
+            for ids, logps, r in zip(tokens.tolist(), logprobs.tolist(), lengths.tolist(), strict=True)
         ]
         return [done[i : i + size] for i in range(0, len(done), size)]
 
@@ -116,7 +118,8 @@ class NativeEngine:
         for n, (prompt, rest) in enumerate(zip(prompts, rests.tolist(), strict=True)):
             token_ids[n, longest - rest :] = prompt.token_ids[prefix.length :]
             position_ids[:, n, longest - rest :] = prompt.position_ids[:, prefix.length :]
-        return own, self.policy.trunk("decode", prefix, own, token_ids, position_ids)
+        device = self.policy.trunk.device
+        return own, self.policy.trunk("decode", prefix, own, token_ids.to(device), position_ids.to(device))
 
     def _make_rollout(self, ids: list[int], logprobs: list[float]) -> Rollout:
         stopped = ids[-1] in self.policy.family.stop_ids
