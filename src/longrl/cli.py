@@ -158,7 +158,7 @@ def bench_step(
     response_tokens: Annotated[int, typer.Option(min=1)] = 64,
     video_tokens: Annotated[int, typer.Option(min=0, help="Of the prompt; synthetic frames are encoded.")] = 0,
     sp: Annotated[int, typer.Option(min=1, help="Processes, started here.")] = 1,
-    repeats: Annotated[int, typer.Option(min=1, help="Timed runs of each path.")] = 3,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed runs of each path; fewer of one that takes a minute.")] = 3,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of all processes; all if not given.")] = None,
     as_json: AsJson = False,
 ) -> None:

@@ -19,6 +19,8 @@ from longrl.parallel.sequence import SequenceGroup
 
 WARM_S = 5.0
 """A first run counts if it took longer: what is made once (pages of memory, threads) is then a small part of it."""
+ENOUGH_S = 60.0
+"""A path that has been timed for so long is not run again: a busy moment of the machine is then a small part of it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,7 +45,7 @@ def measure(work: Work, repeats: int, threads: int) -> list[Measured]:
     """Every distinct path. They take turns, so that a slow minute of the machine does not fall on one of them.
 
     Args:
-        repeats: timed runs of each path.
+        repeats: timed runs of each path, at most.
         threads: of all ranks together.
     """
     found = in_processes(work.sp, _time_paths, work, repeats, threads)
@@ -95,10 +97,8 @@ def _time_paths(sp: SequenceGroup | None, work: Work, repeats: int, threads: int
     gradients: dict[str, list[Tensor]] = {}
     sent: dict[str, int] = {}
     turn = 0
-    while any(len(times[path]) < repeats for path in paths):
-        for path in paths:
-            if len(times[path]) == repeats:
-                continue
+    while going := [path for path in paths if len(times[path]) < repeats and sum(times[path]) < ENOUGH_S]:
+        for path in going:
             if sp is not None:
                 sp.bytes_sent.clear()
             seconds = _seconds(sp, lambda path=path: step.run(path, batches[path]))
@@ -167,7 +167,7 @@ def _peak_bytes(sp: SequenceGroup | None, work: Work, threads: int, path: str, m
         Path("/proc/self/clear_refs").write_text("5")  # forgets the largest so far: what imports took
         status = Path("/proc/self/status")
         before = _kib(status.read_text(), "VmRSS")
-        step.run(path, micro_batch)
+        step.run(path, micro_batch, most=2)
         return 1024 * (_kib(status.read_text(), "VmHWM") - before)
     except OSError:
         return None

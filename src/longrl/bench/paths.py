@@ -46,14 +46,15 @@ class Step:
         self.responses = torch.randint(VOCABULARY, size, generator=generator).tolist()
         self.advantages = torch.randn(work.group_size, 1, generator=generator)
 
-    def run(self, path: str, micro_batch: int | None) -> None:
+    def run(self, path: str, micro_batch: int | None, most: int | None = None) -> None:
         """
         Args:
             micro_batch: sequences a pass, where they are separate.
+            most: passes of those; None: all. Two need as much memory as all: gradients are there, and added to.
         """
         if path in SEPARATE:
             assert micro_batch is not None
-            self._separate(path, micro_batch)
+            self._separate(path, micro_batch, most)
         else:
             self.encode_together()
             (self._fused if path == "fused" else self._shared)()
@@ -95,7 +96,7 @@ class Step:
         prefix = self.together.prefix([self.prompt])
         self.together.backward(prefix, streams, self._loss(old, slice(None)))
 
-    def _separate(self, path: str, micro_batch: int) -> None:
+    def _separate(self, path: str, micro_batch: int, most: int | None) -> None:
         first, last = self._mine(path)
         if path in ENCODED_EACH_TIME:
             self._encode(1)
@@ -104,7 +105,7 @@ class Step:
         with torch.no_grad():
             self._rollout(self.alone if path in DEALT else self.together, last - first).release()
         batches = [slice(i, min(i + micro_batch, last)) for i in range(first, last, micro_batch)]
-        for rows in batches:
+        for rows in batches[:most]:
             self.passes(path, rows)
 
     def _logprobs(self, path: str, streams: Streams) -> Tensor:

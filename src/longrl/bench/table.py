@@ -23,8 +23,8 @@ def bench_step(work: Work, repeats: int, threads: int, as_json: bool) -> None:
     typer.echo(
         f"{work.prompt_tokens} prompt tokens ({work.video_tokens} of video), {work.group_size} responses of "
         f"{work.response_tokens} tokens, {work.sp} {'process' if work.sp == 1 else 'processes'}, fp32, {threads} "
-        f"threads, products at {rate / 1e9:.0f} GFLOP/s. {len(work.distinct())} paths in turn, {repeats} timed runs "
-        f"each: a turn counts {once / 1e12:.2f} TFLOP, so takes {once / rate:.0f} s at the very least",
+        f"threads, products at {rate / 1e9:.0f} GFLOP/s. {len(work.distinct())} paths in turn, up to {repeats} "
+        f"timed runs each: a turn counts {once / 1e12:.2f} TFLOP, so takes {once / rate:.0f} s at the very least",
         err=True,
     )
     rows = reckon(work, measure(work, repeats, threads), rate, threads)
