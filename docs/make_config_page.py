@@ -38,9 +38,16 @@ def make_page() -> str:
 
 def _collect_sections(model: type[BaseModel], into: dict[str, type[BaseModel]]) -> None:
     for name, field in model.model_fields.items():
-        if _is_model(field.annotation) and field.annotation not in KINDS.values():
-            assert into.setdefault(name, field.annotation) is field.annotation, f"two sections are called {name}"
-            _collect_sections(field.annotation, into)
+        section = _section(field)
+        if section:
+            assert into.setdefault(name, section) is section, f"two sections are called {name}"
+            _collect_sections(section, into)
+
+
+def _section(field: FieldInfo) -> type[BaseModel] | None:
+    """What a key holds that is a section, or a section or null."""
+    parts = (field.annotation, *typing.get_args(field.annotation))
+    return next((part for part in parts if _is_model(part) and part not in KINDS.values()), None)
 
 
 def _describe(model: type[BaseModel]) -> str:
@@ -57,8 +64,8 @@ def _fields(model: type[BaseModel]) -> list[tuple[str, FieldInfo]]:
 
 
 def _type(name: str, field: FieldInfo) -> str:
-    if _is_model(field.annotation) and field.annotation not in KINDS.values():
-        return f"[section](#{name})"
+    if _section(field):
+        return f"[section](#{name})" + (" or null" if not _is_model(field.annotation) else "")
     return ", ".join([_annotation(field.annotation), *_bounds(field.metadata)])
 
 
@@ -74,6 +81,8 @@ def _annotation(annotation: object) -> str:
         return " or ".join("null" if part is type(None) else _annotation(part) for part in arguments)
     if origin is dict:
         return f"mapping of {_annotation(arguments[0])} to {_annotation(arguments[1])}"
+    if origin is tuple and arguments[-1] is ...:
+        return f"list of {_annotation(arguments[0])}"
     if origin is tuple:
         return f"list of {len(arguments)} {_annotation(arguments[0])}"
     if _is_model(annotation):

@@ -21,7 +21,7 @@ from longrl.config import (
     TrainConfig,
     WarmStartConfig,
 )
-from longrl.models import FAMILIES
+from longrl.models import FAMILIES, base_path, tiny_family
 from longrl.parallel.layout import require_heads, require_world
 from longrl.runtime import rank_and_size
 
@@ -36,7 +36,7 @@ def check_command(config: AnyConfig) -> None:
         problems = list(_report_warm_start(config))
     else:
         typer.echo(f"{config.kind} run into {config.run_dir}")
-        problems = list(_report_model(config.model))
+        problems = list(_report_model(config.model, isinstance(config, TrainConfig | QuickstartConfig)))
         video = config.video
         _row("video", f"{video.fps:g} frames a second" if video.fps is not None else f"{video.num_frames} frames")
         if isinstance(config, QuickstartConfig):
@@ -48,13 +48,13 @@ def check_command(config: AnyConfig) -> None:
     typer.echo("ok: the configuration is valid, and the model and files that it names exist")
 
 
-def require_model(config: ModelConfig, parallel: ParallelConfig | None = None) -> None:
+def require_model(config: ModelConfig, parallel: ParallelConfig | None = None, *, trained: bool = False) -> None:
     """Looks whether there is a model, before a run directory is made for it.
 
     Raises:
-        ValueError: there is none, or its heads cannot be dealt to so many processes.
+        ValueError: there is none, its heads cannot be dealt to so many processes, or it cannot be trained as it is.
     """
-    if problem := _model_problem(config.path):
+    if problem := _model_problem(config.path, trained):
         raise ValueError(f"model.path: {problem}")
     if parallel and (problem := _heads_problem(config.path, parallel.sp)):
         raise ValueError(problem)
@@ -69,11 +69,14 @@ def _report_warm_start(config: WarmStartConfig) -> Iterator[str]:
         yield f"model: {problem}"
 
 
-def _report_model(config: ModelConfig) -> Iterator[str]:
-    problem = _model_problem(config.path)
+def _report_model(config: ModelConfig, trained: bool) -> Iterator[str]:
+    problem = _model_problem(config.path, trained)
     _row("model", f"{config.path} ({config.dtype})", problem)
     if problem:
         yield f"model.path: {problem}"
+    if lora := config.lora:
+        where = ", ".join(lora.targets) if lora.targets else "all linear layers of the decoder"
+        _row("lora", f"rank {lora.rank}, alpha {lora.alpha:g}, {where}")
 
 
 def _report_quickstart(config: QuickstartConfig) -> None:
@@ -123,7 +126,7 @@ def _report_parallel(config: DataRunConfig) -> Iterator[str]:
 def _heads_problem(path: str, sp: int) -> str | None:
     """None also where the heads are not known before the model is made."""
     try:
-        config = json.loads((Path(path) / "config.json").read_text(encoding="utf-8"))
+        config = json.loads((Path(base_path(path)) / "config.json").read_text(encoding="utf-8"))
         kv_heads = int(config.get("text_config", config)["num_key_value_heads"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
@@ -152,12 +155,19 @@ def _steps(loop: LoopConfig, rollout: RolloutConfig | None) -> str:
     )
 
 
-def _model_problem(path: str) -> str | None:
-    if not path.startswith("tiny:"):
-        return (
-            None if (Path(path) / "config.json").is_file() else f"{path} is not a Hugging Face folder (no config.json)"
-        )
-    family = path.removeprefix("tiny:")
+def _model_problem(path: str, trained: bool = False) -> str | None:
+    """trained: the run begins with it, rather than asks it."""
+    try:
+        base = base_path(path)
+        if base != path and trained:
+            return f"{path} holds adapters of {base}; merge them first: longrl export RUN --out DIR, then give DIR"
+        family = tiny_family(base)[0] if base.startswith("tiny:") else None
+    except ValueError as error:
+        return str(error)
+    if family is None:
+        there = (Path(base) / "config.json").is_file()
+        named = f"{base}, which the adapters in {path} belong to," if base != path else path
+        return None if there else f"{named} is not a Hugging Face folder (no config.json)"
     if family in FAMILIES:
         return None
     nearest = difflib.get_close_matches(family, FAMILIES, n=1)

@@ -28,7 +28,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from longrl.config import ModelConfig, TrainConfig
+from longrl.config_files import load_config
+from longrl.models import base_path, load_family
 from longrl.parallel.shard import like
+from longrl.runtime import CONFIG_NAME
 
 log = logging.getLogger(__name__)
 
@@ -198,7 +202,7 @@ def unpack_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor
 
 
 def export_command(run: str | Path, step: int | None, out: str | Path) -> None:
-    """Copies the Hugging Face folder of a run's checkpoint.
+    """Copies the Hugging Face folder of a run's checkpoint; adapters are merged into their base.
 
     Args:
         run: The run directory.
@@ -221,14 +225,29 @@ def export_command(run: str | Path, step: int | None, out: str | Path) -> None:
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=_TEMP_PREFIX, dir=out.parent, ignore_cleanup_errors=True) as temp:
+            folder = checkpoint.model_path
+            if base_path(str(folder)) != str(folder):
+                folder = _merged(run, folder, Path(temp, "merged"))
             # Contents only: safetensors makes files that nobody but their owner can read, an export is for others too.
-            folder = shutil.copytree(checkpoint.model_path, Path(temp, "model"), copy_function=shutil.copyfile)
+            folder = shutil.copytree(folder, Path(temp, "model"), copy_function=shutil.copyfile)
             os.replace(folder, out)
     except OSError as error:
         raise OSError(
             f"cannot export to {out}: {error.strerror or error}; free space there or choose another --out"
         ) from error
     typer.echo(f"step {checkpoint.step} of {run} -> {out}")
+
+
+def _merged(run: Path, adapter: Path, out: Path) -> Path:
+    """Writes the base of an adapter with the adapter merged into it, in the run's dtype."""
+    from longrl.models import adapters
+
+    config = load_config([run / CONFIG_NAME])
+    assert isinstance(config, TrainConfig)
+    family = load_family(ModelConfig(path=str(adapter), dtype=config.model.dtype, device="cpu"))
+    adapters.merge(family)
+    family.save(out)
+    return out
 
 
 def _separate(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

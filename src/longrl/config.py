@@ -15,12 +15,54 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
 
+class LoraConfig(Section):
+    """Low-rank adapters beside frozen weights (peft)."""
+
+    rank: Annotated[int, Field(ge=1)] = 16
+    alpha: Annotated[float, Field(gt=0)] = 32.0
+    """What an adapter computes is multiplied by alpha / rank."""
+    targets: tuple[str, ...] | None = None
+    """Names of linear layers in the language model's decoder layers (`q_proj`); null: all of them."""
+
+    @field_validator("targets")
+    @classmethod
+    def _some(cls, targets: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        if targets is not None and not targets:
+            raise ValueError("targets is empty, so nothing would be trained; name some, or null for all")
+        return targets
+
+
 class ModelConfig(Section):
     path: str
-    """A Hugging Face folder, or `tiny:FAMILY` for the family's random-weight twin (`tiny:qwen2_5_vl`)."""
+    """A Hugging Face folder, or `tiny:FAMILY` for the family's random-weight twin (`tiny:qwen2_5_vl`). Evaluation takes
+    a folder with adapters too."""
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
+    """Of the weights as they are stored and updated."""
+    compute_dtype: Literal["bfloat16"] | None = None
+    """Of the language model's passes, in which it gets a copy of the weights, a layer at a time; null: as `dtype`."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto`: a GPU where there is one."""
+    train: tuple[Literal["language", "projector", "tower"], ...] = ("language",)
+    """Which parts learn. With the vision tower, or the projector behind it, every step embeds its videos anew."""
+    lora: LoraConfig | None = None
+    """Train adapters and leave the model as it is; null: train its weights."""
+
+    @model_validator(mode="after")
+    def _something_learns(self) -> ModelConfig:
+        if not self.train:
+            raise ValueError("train is empty, so nothing would be trained; name language, projector or tower")
+        if self.lora and self.train != ("language",):
+            raise ValueError(f"lora trains the language model alone, but train is {list(self.train)}; leave one out")
+        return self
+
+    @property
+    def trains_encoder(self) -> bool:
+        return "projector" in self.train or "tower" in self.train
+
+    @property
+    def is_as_it_is(self) -> bool:
+        """Whether nothing is said about how it is trained."""
+        return self.lora is None and self.train == ("language",)
 
     def at(self, path: str | Path) -> ModelConfig:
         """The same, of another checkpoint."""
@@ -99,6 +141,8 @@ class AlgoConfig(Section):
     kl: Literal["off", "k3"] = "off"
     """A penalty for leaving the reference (the initial model), weighted by kl_coef."""
     kl_coef: Annotated[float, Field(ge=0)] = 1e-2
+    offload_reference: bool = False
+    """Keep the reference in host memory and bring it to the GPU a layer at a time."""
     max_logprob_diff: Annotated[float, Field(gt=0)] = 1e-2
     """The run stops when engine and trainer log-probs differ by more."""
 
@@ -225,8 +269,11 @@ class TrainConfig(LoopConfig, DataRunConfig):
     @classmethod
     def _can_be_updated(cls, model: ModelConfig) -> ModelConfig:
         # a step of 1e-6 is lost in the rounding of a bfloat16 weight
-        if model.dtype == "bfloat16":
-            raise ValueError("model.dtype is bfloat16, which has no room for small updates; train in float32")
+        if model.dtype == "bfloat16" and not model.lora:
+            raise ValueError(
+                "model.dtype is bfloat16, which has no room for small updates; train in float32, with compute_dtype "
+                "bfloat16 perhaps, or train adapters (model.lora)"
+            )
         return model
 
 
@@ -240,9 +287,28 @@ class RlConfig(AnswerConfig, TrainConfig):
     eval_every_steps: Annotated[int, Field(ge=0)] = 0
     """Evaluate `data.eval` every so many steps and after the last; 0: never."""
 
+    @model_validator(mode="after")
+    def _reference_sees(self) -> RlConfig:
+        if self.algo.offload_reference and (self.algo.kl == "off" or self.model.lora):
+            why = "algo.kl is off" if self.algo.kl == "off" else "with model.lora it is the policy without its adapters"
+            raise ValueError(f"algo.offload_reference is true, but there is no second model: {why}; set it to false")
+        if self.model.trains_encoder and self.algo.kl != "off":
+            raise ValueError(
+                f"algo.kl is {self.algo.kl}, but model.train is {list(self.model.train)}: the reference would need "
+                "embeddings of its own; set algo.kl to off, or train the language model alone"
+            )
+        return self
+
 
 class EvalRunConfig(AnswerConfig, DataRunConfig):
     kind: Literal["eval"] = "eval"
+
+    @field_validator("model")
+    @classmethod
+    def _as_it_is(cls, model: ModelConfig) -> ModelConfig:
+        if not model.is_as_it_is:
+            raise ValueError("lora and train say how a model is trained; leave them out (path may hold adapters)")
+        return model
 
 
 class SyntheticConfig(Section):
@@ -282,6 +348,13 @@ class QuickstartConfig(AnswerConfig, RunConfig):
     videos: SyntheticConfig
     sft: StageConfig
     rl: RlStageConfig
+
+    @field_validator("model")
+    @classmethod
+    def _weights_go_on(cls, model: ModelConfig) -> ModelConfig:
+        if not model.is_as_it_is:
+            raise ValueError("the quickstart trains the language model's weights; leave lora and train out")
+        return model
 
 
 class WarmStartConfig(Section):

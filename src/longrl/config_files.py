@@ -245,8 +245,9 @@ def _keys(model: type[BaseModel], prefix: tuple[str, ...] = ()) -> Iterator[tupl
     """Every key path of the schema."""
     for name, field in model.model_fields.items():
         yield (*prefix, name)
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            yield from _keys(field.annotation, (*prefix, name))
+        for part in (field.annotation, *typing.get_args(field.annotation)):  # a section, or `section | None`
+            if isinstance(part, type) and issubclass(part, BaseModel):
+                yield from _keys(part, (*prefix, name))
 
 
 def _show(value: Any) -> str:

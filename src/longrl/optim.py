@@ -14,12 +14,24 @@ from longrl.config import OptimConfig
 class Optimizer:
     """AdamW with a schedule; gradients arrive as sums over the step's tokens (or sequences)."""
 
-    def __init__(self, parameters: Iterable[torch.nn.Parameter], config: OptimConfig, total_steps: int) -> None:
+    def __init__(
+        self,
+        parameters: Iterable[torch.nn.Parameter],
+        config: OptimConfig,
+        total_steps: int,
+        encoder: Iterable[torch.nn.Parameter] = (),
+    ) -> None:
+        """
+        Args:
+            parameters: those that require gradients are updated; perhaps sharded.
+            encoder: more of them, on every rank whole.
+        """
         self.config, self.total_steps = config, total_steps
-        self.parameters = list(parameters)
-        decay = [p for p in self.parameters if p.ndim > 1]
-        rest = [p for p in self.parameters if p.ndim <= 1]
-        groups = [{"params": decay, "weight_decay": config.weight_decay}, {"params": rest, "weight_decay": 0.0}]
+        self.parameters, self.encoder = ([p for p in ps if p.requires_grad] for ps in (parameters, encoder))
+        groups = []
+        for some in filter(None, (self.parameters, self.encoder)):
+            decay, rest = ([p for p in some if (p.ndim > 1) == large] for large in (True, False))
+            groups += [{"params": decay, "weight_decay": config.weight_decay}, {"params": rest, "weight_decay": 0.0}]
         self.adamw = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas)
 
     def learning_rate(self, step: int) -> float:
@@ -50,14 +62,19 @@ class Optimizer:
             RuntimeError: a gradient is not finite; the weights have not changed.
         """
         lr = self.learning_rate(step)
-        grads = [p.grad for p in self.parameters if p.grad is not None]
+        grads = [[p.grad for p in some if p.grad is not None] for some in (self.parameters, self.encoder)]
+        grads = [some for some in grads if some]
         if count == 0 or not grads:
             return 0.0, lr
-        for grad in grads:
+        for grad in (grad for some in grads for grad in some):
             grad.div_(count)
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
-        norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
+        norms = [torch.nn.utils.get_total_norm(some) for some in grads]
+        norms = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
+        total = torch.stack(norms).norm() if len(norms) > 1 else norms[0]
+        norm = total.item()
         require_finite(f"the gradient norm of step {step}", norm, ids)
+        for some in (self.parameters, self.encoder):
+            torch.nn.utils.clip_grads_with_norm_(some, self.config.max_grad_norm, total)
         for group in self.adamw.param_groups:
             group["lr"] = lr
         self.adamw.step()

@@ -4,20 +4,24 @@
     2. suffix           they enter as detached leaves; streams forward and backward leave gK, gV in them
     3. prefix backward  one backward of (keys, values) with (gK, gV)
 
+Where the encoder learns, the same one level down: media embeddings enter the prefix as leaves, and the encoder runs
+again, a few frames at a time, with its slice of their gradient.
+
 Exact: prompt tokens carry no loss, so the loss reaches the prefix's part of the graph only through its keys and values.
 Gradients are accumulated un-normalised; optim.py divides once, by the global count.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
 
-from longrl.config import ALL_KEPT, DataRunConfig, MemoryConfig, ModelConfig
+from longrl.config import ALL_KEPT, DataRunConfig, MemoryConfig, ModelConfig, RlConfig
 from longrl.models import load_family
+from longrl.models.adapters import switched_off
 from longrl.models.family import Family
 from longrl.models.streams import Streams, split_length
 from longrl.models.trunk import Trunk
@@ -44,12 +48,18 @@ class Policy:
         memory: MemoryConfig = ALL_KEPT,
         sp: SequenceGroup | None = None,
         sharded: bool = False,
+        compute_dtype: torch.dtype | None = None,
+        train: Collection[str] = ("language",),
+        device: str | None = None,
     ) -> None:
         """
         Args:
             memory: what backward passes recompute.
             sp: the ranks that share every prompt; each calls the same methods with the same prompts and streams.
             sharded: they share the weights too.
+            compute_dtype: of the trunk's passes; None: the weights' own.
+            train: which parts learn, as in config.ModelConfig.
+            device: where the trunk's passes compute, its weights being on the CPU; None: where the model is.
 
         Raises:
             ValueError: the model's heads cannot be dealt to that many ranks.
@@ -57,10 +67,12 @@ class Policy:
         if sp is not None:
             require_heads(family.model.config.get_text_config().num_key_value_heads, sp.size)
         self.family = family
-        self.trunk = Trunk(family.parts(), memory=memory, sp=sp)
-        if sharded:
-            assert sp is not None, "one rank has nobody to share the weights with"
-            shard(self.trunk, self.trunk.blocks, sp)
+        self.encoder = _choose(family, train) if set(train) != {"language"} else []
+        """What learns of the vision tower and the projector. On every rank, not sharded."""
+        self.trunk = Trunk(family.parts(), memory=memory, sp=sp, media_learns=bool(self.encoder))
+        assert sp or not sharded, "one rank has nobody to share the weights with"
+        if sharded or compute_dtype or device:
+            shard(self.trunk, list(self.trunk.blocks), sp if sharded else None, compute_dtype, device)
         self.version = 0
 
     def prefix(self, prompts: Sequence[Prompt]) -> Prefix:
@@ -87,28 +99,105 @@ class Policy:
 
         In a sequence group that is this rank's share; `sum_gradients` adds the others' before the optimizer step.
         """
-        leaves = prefix.leaves()
-        for rows in micro_batches(streams):
+        leaves, batches = prefix.leaves(), list(micro_batches(streams))
+        gradients = gather_gradients(leaves.kv(), passes=len(batches))
+        for rows in batches:
             logprobs, entropy = self.trunk("suffix", leaves, streams[rows], temperature)
             loss(logprobs, entropy, rows).backward()
-        torch.autograd.backward(
-            prefix.keys + prefix.values,
-            [leaf.grad if leaf.grad is not None else torch.zeros_like(leaf) for leaf in leaves.keys + leaves.values],
-        )
+        # without an adapter of its own, say, the first layer's keys depend on nothing that is trained
+        pairs = [(x, gradient) for x, gradient in zip(prefix.kv(), gradients(), strict=True) if x.requires_grad]
+        torch.autograd.backward([x for x, _ in pairs], [gradient for _, gradient in pairs])
+        media = prefix.media
         prefix.release()
+        for leaf in media:
+            assert leaf.rows.grad is not None
+            self.family.encode_backward(leaf.media, leaf.span, leaf.rows.grad)
 
 
-def load_policy(model: ModelConfig, config: DataRunConfig, ranks: Ranks) -> Policy:
+class AdaptersOff(Policy):
+    """The model that a policy began as, for nothing: its adapters are switched off for each call."""
+
+    def __init__(self, policy: Policy) -> None:
+        self.family, self.trunk, self.version = policy.family, policy.trunk, 0
+
+    def prefix(self, prompts: Sequence[Prompt]) -> Prefix:
+        with switched_off(self.trunk):
+            return super().prefix(prompts)
+
+    def logprobs(self, prefix: Prefix, streams: Streams, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+        with switched_off(self.trunk):
+            return super().logprobs(prefix, streams, temperature)
+
+
+def load_policy(model: ModelConfig, config: DataRunConfig, ranks: Ranks, device: str | None = None) -> Policy:
     """A model on the ranks of a run.
 
     Args:
         model: config.model, or another checkpoint of it.
+        device: as of Policy.
 
     Raises:
         ValueError: as load_family and Policy.
     """
     family = load_family(model, config.runtime.seed)
-    return Policy(family, memory=config.memory, sp=ranks.sp, sharded=config.parallel.shard)
+    return Policy(
+        family,
+        memory=config.memory,
+        sp=ranks.sp,
+        sharded=config.parallel.shard,
+        compute_dtype=getattr(torch, model.compute_dtype) if model.compute_dtype else None,
+        train=model.train,
+        device=device,
+    )
+
+
+def load_reference(policy: Policy, config: RlConfig, ranks: Ranks) -> Policy | None:
+    """The initial model, if there is a KL term: the policy without its adapters, or a second model.
+
+    Raises:
+        ValueError: as load_policy.
+    """
+    if config.algo.kl == "off":
+        return None
+    if config.model.lora:
+        return AdaptersOff(policy)
+    if not config.algo.offload_reference:
+        return load_policy(config.model, config, ranks)
+    home = config.model.model_copy(update={"device": "cpu"})
+    return load_policy(home, config, ranks, device=policy.trunk.device.type)
+
+
+def _choose(family: Family, train: Collection[str]) -> list[torch.nn.Parameter]:
+    """Sets which weights learn; returns those of the encoder that do."""
+    family.model.requires_grad_("language" in train)
+    for part in ("tower", "projector"):
+        for parameter in family.encoder_parameters(part):
+            parameter.requires_grad_(part in train)
+    return [p for part in ("tower", "projector") if part in train for p in family.encoder_parameters(part)]
+
+
+def gather_gradients(leaves: Sequence[Tensor], passes: int) -> Callable[[], list[Tensor]]:
+    """Called before backward passes; what it returns gives, after them, each leaf's summed gradient.
+
+    Those of bfloat16 leaves are added up in fp32 where there are several passes; a single one rounds once, whatever the
+    sum is held in.
+    """
+    wide: dict[int, Tensor] = {}
+
+    def add(leaf: Tensor) -> None:
+        assert leaf.grad is not None
+        key, leaf.grad, gradient = id(leaf), None, leaf.grad
+        wide[key] = wide[key].add_(gradient) if key in wide else gradient.float()
+
+    for leaf in leaves:
+        if passes > 1 and leaf.dtype == torch.bfloat16 and leaf.requires_grad:
+            leaf.register_post_accumulate_grad_hook(add)
+
+    def gradients() -> list[Tensor]:
+        found = [wide.get(id(leaf), leaf.grad) for leaf in leaves]
+        return [torch.zeros_like(leaf) if x is None else x for x, leaf in zip(found, leaves, strict=True)]
+
+    return gradients
 
 
 def micro_batches(streams: Streams) -> Iterator[slice]:

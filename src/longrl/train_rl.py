@@ -24,7 +24,7 @@ from longrl.evals.runner import evaluate, load_questions
 from longrl.models.streams import Streams, make_streams
 from longrl.optim import require_finite
 from longrl.parallel.ranks import ALONE, Ranks
-from longrl.policy import Policy, StreamLoss, load_policy
+from longrl.policy import Policy, StreamLoss, load_reference
 from longrl.registry import resolve
 from longrl.rewards.compose import build_rewards
 from longrl.rollout.native import NativeEngine
@@ -55,7 +55,7 @@ def train_rl(config: RlConfig, ranks: Ranks = ALONE) -> Path:
     resolve(config.algo.loss, LOSSES, "loss")
     training = Training(config, skips, ranks)
     policy = training.policy
-    reference = None if config.algo.kl == "off" else load_policy(config.model, config, ranks)
+    reference = load_reference(policy, config, ranks)
 
     def judge(groups: Sequence[Group]) -> list[list[Scored]]:
         return [assign_advantages(score(group), config.algo.advantage) for group in groups]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from longrl.check import require_model
@@ -12,6 +13,7 @@ from longrl.config import TrainConfig
 from longrl.data.examples import Skips
 from longrl.data.order import step_examples
 from longrl.data.prompts import PromptBuilder
+from longrl.models import adapters
 from longrl.models.streams import shares
 from longrl.optim import Optimizer
 from longrl.parallel.gradients import sum_gradients
@@ -48,14 +50,17 @@ class Training:
             ranks: all of them do this, and call every method that follows.
         """
         self.config, self.skips, self.ranks = config, skips, ranks
-        require_model(config.model, config.parallel)
+        require_model(config.model, config.parallel, trained=True)
         self.run_dir = start_run(config, is_main=ranks.is_main)
         self.checkpoints = Checkpoints(self.run_dir / FOLDER, config.checkpoint.keep)
         latest = ranks.from_main(self.checkpoints.latest)
         self.policy = load_policy(config.model.at(latest.model_path) if latest else config.model, config, ranks)
-        self.optimizer = Optimizer(self.policy.trunk.parameters(), config.optim, config.steps)
+        self.optimizer = Optimizer(
+            self.policy.trunk.parameters(), config.optim, config.steps, encoder=self.policy.encoder
+        )
         self.build = PromptBuilder(self.policy.family, config.cache, skips, ranks)
         self.done, self.sharded = 0, config.parallel.shard
+        self._drawn: set[str] = set()
         if latest:
             unpack_optimizer(self.optimizer.adamw, latest.tensors())
             skips.names.update(latest.state["skipped"])
@@ -78,6 +83,7 @@ class Training:
         drawn = step_examples(examples, step, config.prompts_per_step, config.data.share_media, config.runtime.seed)
         self.build.prepare([example for _, example in drawn])
         kept, prompts = self.build([example for _, example in drawn])
+        self._drawn = {media.key for prompt in prompts for media in prompt.media}
         mine = shares(prompts, self.ranks.dp_size)[self.ranks.dp_rank]
         return Batch(
             epochs=[drawn[kept[i]][0] for i in mine],
@@ -96,7 +102,10 @@ class Training:
         if self.ranks.size > 1:
             # those of a sharded weight are summed over sp already
             sum_gradients(self.optimizer.parameters, self.ranks.dp if self.sharded else self.ranks.everyone)
+            sum_gradients(self.optimizer.encoder, self.ranks.everyone)
         norm, lr = self.optimizer.step(step, count, ids)
+        if self.policy.encoder:  # no rank needs them any more, and nobody will again
+            self.build.cache.remove(self._drawn)
         self.policy.version = step
         return norm, lr
 
@@ -110,14 +119,16 @@ class Training:
             return
         self.policy.reshard()
         family, main = self.policy.family, self.ranks.is_main
-        weights = whole(family.model.state_dict(keep_vars=True), main) if self.sharded else None
         tensors = whole(pack_optimizer(self.optimizer.adamw), main)
+        if self.config.model.lora:
+            write = partial(adapters.save, family, weights=whole(adapters.parameters(family.model), main))
+        else:
+            write = partial(family.save, weights=whole(family.model.state_dict(keep_vars=True), main))
         if main:
-            save = self.checkpoints.save
-            save(step, lambda path: family.save(path, weights), tensors, {"skipped": self.skips.names})
+            self.checkpoints.save(step, write, tensors, {"skipped": self.skips.names})
 
     def last_model(self) -> Path:
-        """The Hugging Face folder of the last checkpoint."""
+        """The Hugging Face folder of the last checkpoint; of adapters, peft's."""
         last = self.ranks.from_main(self.checkpoints.latest)
         assert last is not None
         return last.model_path

@@ -87,6 +87,8 @@ class MediaEmbeds:
     """Cache key: identifies the content, span, sampling, preprocessing, encoder weights, dtype and schema."""
     deepstack: Tensor | None = None
     """[K, V, D] or None."""
+    clip: Clip | None = None
+    """What was embedded; None where the maker does not know."""
 
     def __post_init__(self) -> None:
         shape, (t, h, w) = tuple(self.embeds.shape), self.grid_thw
@@ -173,31 +175,55 @@ class Prompt:
         )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MediaLeaf:
+    """Some embeddings as they entered a prefix: its backward leaves their gradient here, for the encoder."""
+
+    media: MediaEmbeds
+    span: slice
+    """Which of its embeddings."""
+    rows: Tensor
+    """[span, D], collects the gradient."""
+
+
 class Prefix:
     """Keys and values of the tokens that several sequences share, by layer.
 
     Owned by whoever computed it; `release()` frees it. A plain class, not a dataclass: FSDP2 looks inside dataclasses.
     """
 
-    __slots__ = ("keys", "length", "policy_version", "values")
+    __slots__ = ("keys", "length", "media", "policy_version", "values")
 
-    def __init__(self, keys: list[Tensor], values: list[Tensor], length: int, policy_version: int) -> None:
+    def __init__(
+        self,
+        keys: list[Tensor],
+        values: list[Tensor],
+        length: int,
+        policy_version: int,
+        media: Sequence[MediaLeaf] = (),
+    ) -> None:
         self.keys = keys
         """[L] of [kv_heads, length, head_dim], after rotary embedding; perhaps attached to the graph.
 
         On a rank of a sequence group: all positions, but kv_heads / ranks heads (one, where there are fewer heads than
         ranks)."""
         self.values = values
+        self.media = media
+        """Of this rank's tokens, where the encoder learns."""
         self.length = length
         self.policy_version = policy_version
 
     def leaves(self) -> Prefix:
         """A detached copy that collects gradients, for the suffix backward."""
-        keys, values = ([x.detach().requires_grad_() for x in xs] for xs in (self.keys, self.values))
+        keys, values = ([x.detach().requires_grad_(x.requires_grad) for x in xs] for xs in (self.keys, self.values))
         return Prefix(keys, values, self.length, self.policy_version)
 
+    def kv(self) -> list[Tensor]:
+        """The keys of every layer, then the values."""
+        return self.keys + self.values
+
     def release(self) -> None:
-        self.keys, self.values = [], []
+        self.keys, self.values, self.media = [], [], ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

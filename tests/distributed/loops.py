@@ -34,7 +34,8 @@ from longrl.training import Training
 from longrl.types import Example, Prefix, Prompt, Rollout
 from tests.distributed.ranks import CASES, make_family, make_prompts
 
-TIMEOUT = timedelta(seconds=60)
+TIMEOUT = timedelta(seconds=240)
+"""Ranks without a part in a layout wait for those that have one."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,20 @@ JOBS: dict[str, dict[str, Any]] = {
     },
     "resumed": {"kind": "rl", "steps": 4, "model": {"dtype": "float64"}, "checkpoint": {"every_steps": 1}},
     "sft": {"kind": "sft", "steps": 4, "model": {"dtype": "float64"}},
+    "bfloat16": {"kind": "sft", "steps": 3, "model": {"compute_dtype": "bfloat16"}},
+    "encoder": {
+        "kind": "sft",
+        "steps": 3,
+        "model": {"dtype": "float64", "train": ["language", "projector", "tower"]},
+    },
+    "adapters": {
+        "kind": "rl",
+        "steps": 4,
+        "model": {"dtype": "float64", "lora": {"rank": 4}},
+        "memory": {"recompute": "layer"},
+        "algo": {"kl": "k3", "kl_coef": 0.1},
+        "checkpoint": {"every_steps": 1},
+    },
     "eval": {"kind": "eval", "model": {"dtype": "float64"}, "eval": {"samples": 2}},
 }
 """What is changed in `base`. `live` draws its own responses; `recorded` gets those that one process drew."""
@@ -93,7 +108,9 @@ def base(job: str, folder: Path, rows: dict[str, str]) -> dict[str, Any]:
 
 
 RESUMED = {"alone": 1, "dp 2, sp 2, sharded": 2, "dp 1, sp 2": 3, "alone again": 4}
-"""Which layouts take `resumed` up one after the other, and the step after which each is stopped."""
+"""Which layouts take a run up one after the other, and the step after which each is stopped."""
+TAKEN_UP = {"resumed": "resumed", "adapters taken up": "adapters"}
+"""Folder of a run that is taken up so -> its job."""
 
 
 class StopError(Exception):
@@ -136,10 +153,12 @@ def watch() -> None:
     train_rl_module.NativeEngine, train_rl_module.Training, train_sft_module.Training = Engine, Kept, Kept  # pyright: ignore
 
 
-def run_job(job: str, folder: Path, rows: dict[str, str], ranks: Ranks, layout: Layout) -> dict[str, Any]:
-    """One run, and what this rank knows after it."""
+def run_job(
+    job: str, folder: Path, rows: dict[str, str], ranks: Ranks, layout: Layout, name: str | None = None
+) -> dict[str, Any]:
+    """One run, and what this rank knows after it. name: of its folder, if not the job's."""
     parallel = {"sp": layout.sp, "shard": layout.shard}
-    settings = base(job, folder, rows) | {"parallel": parallel}
+    settings = base(job, folder, rows) | {"parallel": parallel, "run_dir": str(folder / (name or job))}
     recording = folder.parent / "recorded.pickle"
     Engine.drawn, Engine.recorded = {}, {}
     if job == "recorded" and recording.exists():
@@ -163,11 +182,12 @@ def digest(training: Training) -> str:
 
 
 def resume(name: str, folder: Path, rows: dict[str, str], ranks: Ranks, layout: Layout) -> None:
-    """Takes `resumed` up for one step."""
-    Kept.stop_after = RESUMED[name]
-    with suppress(StopError):
-        run_job("resumed", folder / "resumed", rows, ranks, layout)
-    Kept.stop_after = 99
+    """Takes the runs up for one step."""
+    for taken_up, job in TAKEN_UP.items():
+        Kept.stop_after = RESUMED[name]
+        with suppress(StopError):
+            run_job(job, folder / "taken up", rows, ranks, layout, taken_up)
+        Kept.stop_after = 99
 
 
 class Messages(TorchDispatchMode):

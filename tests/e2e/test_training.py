@@ -83,6 +83,15 @@ def test_resume_is_bit_identical(dataset, tmp_path, algo):
     assert values("run") == values("whole")
 
 
+def test_a_reference_in_host_memory_is_the_same_reference(dataset, tmp_path):
+    found = []
+    for offload in (False, True):
+        algo = {"kl": "k3", "kl_coef": 0.1, "offload_reference": offload}
+        run = {"run_dir": str(tmp_path / f"{offload}"), "algo": algo, "rewards": EVEN, "steps": 2}
+        found.append(weights(train_rl(rl_config(dataset, tmp_path, **run))))
+    assert same_bits(*found)
+
+
 def test_sft_resume_is_bit_identical(dataset, tmp_path):
     whole = train_sft(sft_config(dataset, tmp_path, steps=4, run_dir=str(tmp_path / "whole")))
     config = sft_config(dataset, tmp_path, steps=4, checkpoint={"every_steps": 2, "keep": 9})

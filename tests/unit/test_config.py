@@ -151,7 +151,13 @@ def test_unknown_key_names_the_nearest_and_the_line(line, words, base, tmp_path)
         ("model.dtype=half", "model.dtype: got \"half\", expected 'float32', 'bfloat16' or 'float64'"),
         (
             "model.dtype=bfloat16",
-            "model: model.dtype is bfloat16, which has no room for small updates; train in float32",
+            "model: model.dtype is bfloat16, which has no room for small updates; train in float32, with compute_dtype "
+            "bfloat16 perhaps, or train adapters (model.lora)",
+        ),
+        ("model.lora={rnak: 4}", "unknown key 'model.lora.rnak'; did you mean 'model.lora.rank'?"),
+        (
+            "model.lora.targets=[]",
+            "model.lora.targets: targets is empty, so nothing would be trained; name some, or null for all",
         ),
         ("optim.betas=[1]", "optim.betas.1: missing; every configuration of kind rl sets it"),
         ("video.num_frames=8", "video: set exactly one of fps and num_frames; write `fps: null` to use num_frames"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from longrl.config import CacheConfig
 from longrl.data.examples import Skips
@@ -75,7 +76,8 @@ class PromptBuilder:
             if errors := [one for one in looked if isinstance(one, MediaError)]:
                 self.skips.record(example.id, errors[0])
                 continue
-            seen = tuple(one for one in looked if isinstance(one, MediaEmbeds))
+            found = zip(looked, example.clips, strict=True)
+            seen = tuple(replace(one, clip=clip) for one, clip in found if isinstance(one, MediaEmbeds))
             shown, seen = change(example, seen) if change else (example, seen)
             kept.append(index)
             prompts.append(self.family.prompt(shown, seen))

@@ -1,8 +1,12 @@
-"""Model families: `load_family` finds the right one by the checkpoint's `model_type`. One line each below."""
+"""Model families: `load_family` finds the right one by the checkpoint's `model_type`. One line each below.
+
+Importing this does not import torch.
+"""
 
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,22 +18,81 @@ if TYPE_CHECKING:
 FAMILIES = {"qwen2_5_vl": "longrl.models.qwen_vl:Qwen25VL"}
 
 
+ADAPTER_CONFIG = "adapter_config.json"
+
+
 def load_family(config: ModelConfig, seed: int = 0) -> Family:
-    """Loads a checkpoint folder, or makes the tiny twin for `tiny:FAMILY`.
+    """Loads a checkpoint folder, or makes the tiny twin for `tiny:FAMILY` (`tiny:FAMILY@SEED`: of that seed).
+
+    A folder with adapters (as peft writes it) is loaded into the model that it names; `config.lora` adds new ones to a
+    model without.
 
     Raises:
         ValueError: no such folder, no config.json in it, a model_type that no family handles, weights that are
             missing or unreadable, or no such device.
     """
+    base = base_path(config.path)
+    family = _load_plain(base, config.dtype, seed)
+    if base != config.path or config.lora:
+        from longrl.models import adapters
+
+        if base != config.path:
+            adapters.load(family, Path(config.path))
+        elif config.lora:
+            pointer = os.path.abspath(base) if not base.startswith("tiny:") else _with_seed(base, seed)
+            adapters.inject(family, config.lora, pointer, seed)
+    family.model.to(_device(config))
+    return family
+
+
+def base_path(path: str) -> str:
+    """The model that a folder with adapters belongs to; any other path is a model's own.
+
+    Raises:
+        ValueError: the folder does not say.
+    """
+    about = Path(path) / ADAPTER_CONFIG
+    if not about.is_file():
+        return path
+    try:
+        base = json.loads(about.read_text(encoding="utf-8"))["base_model_name_or_path"]
+        if not isinstance(base, str):
+            raise TypeError(f"base_model_name_or_path is {json.dumps(base)}")
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"adapter {path}: its {ADAPTER_CONFIG} names no base model ({error}); copy it again"
+        ) from error
+    return base
+
+
+def tiny_family(path: str) -> tuple[str, int | None]:
+    """`tiny:FAMILY@SEED` -> its parts; None where no seed is written.
+
+    Raises:
+        ValueError: the seed is no number.
+    """
+    name, at, seed = path.removeprefix("tiny:").partition("@")
+    if at and not seed.isdecimal():
+        raise ValueError(f"model.path {path}: the seed {seed!r} is not a number; write tiny:FAMILY@0")
+    return name, int(seed) if at else None
+
+
+def _with_seed(path: str, seed: int) -> str:
+    name, given = tiny_family(path)
+    return f"tiny:{name}@{seed if given is None else given}"
+
+
+def _load_plain(where: str, dtype_name: str, seed: int) -> Family:
     import importlib
 
     import torch
 
-    dtype = getattr(torch, config.dtype)
-    if config.path.startswith("tiny:"):
-        model_type, path = config.path.removeprefix("tiny:"), None
+    dtype = getattr(torch, dtype_name)
+    if where.startswith("tiny:"):
+        (model_type, given), path = tiny_family(where), None
+        seed = seed if given is None else given
     else:
-        path = Path(config.path)
+        path = Path(where)
         try:
             model_type = json.loads((path / "config.json").read_text())["model_type"]
         except (OSError, KeyError, TypeError, ValueError) as error:
@@ -38,14 +101,10 @@ def load_family(config: ModelConfig, seed: int = 0) -> Family:
                 "download or export one, or use tiny:FAMILY"
             ) from error
     if model_type not in FAMILIES:
-        raise ValueError(
-            f"model.path {config.path}: no family for model_type {model_type!r}; known: {', '.join(FAMILIES)}"
-        )
+        raise ValueError(f"model.path {where}: no family for model_type {model_type!r}; known: {', '.join(FAMILIES)}")
     module, name = FAMILIES[model_type].split(":")
     family = getattr(importlib.import_module(module), name)
-    loaded = family.tiny(seed, dtype) if path is None else family.load(path, dtype)
-    loaded.model.to(_device(config))
-    return loaded
+    return family.tiny(seed, dtype) if path is None else family.load(path, dtype)
 
 
 def _device(config: ModelConfig) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Protocol, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from longrl.models.trunk import TrunkParts
@@ -60,6 +60,18 @@ class Family(Protocol):
         self, chunks: Iterable[Frames], max_pixels: int | None = None
     ) -> tuple[Tensor, tuple[int, int, int]]:
         """Embeddings [V, D] (with gradients if enabled) and grid of frames already decoded."""
+        ...
+
+    def encoder_parameters(self, part: str) -> list[nn.Parameter]:
+        """Of the vision `tower`, or of the `projector` behind it, in an order that does not change."""
+        ...
+
+    def encode_backward(self, media: MediaEmbeds, span: slice, grads: Tensor) -> None:
+        """Adds to the encoder's gradients what follows from those of some embeddings [span, D]: encodes their frames
+        again, with gradients, a bounded number at a time.
+
+        media: with its clip, as the same weights made it.
+        """
         ...
 
     def prompt(self, example: Example, media: tuple[MediaEmbeds, ...]) -> Prompt:

@@ -6,7 +6,6 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +38,8 @@ from longrl.types import Clip, Example, Frames, MediaEmbeds, MediaError, Prompt
 
 PREPROCESSING = 1
 """Raise it when `patches` or the regrouping of frames changes: cached embeddings are then made again."""
+BACKWARD_PATCHES = 4096
+"""The tower is differentiated over at most so many patches at a time, or one temporal patch."""
 VIDEO_TOKEN = "<|video_pad|>"
 
 
@@ -61,6 +62,7 @@ class Qwen25VL:
             )
         self.model, self.tokenizer, self.processor_files = model, tokenizer, processor_files
         self.min_pixels, self.max_pixels = pixel_limits(processor_files)
+        self._encoder_id: tuple[list[int], str] | None = None
         model.set_attn_implementation({"text_config": ATTENTION, "vision_config": "sdpa"})
         model.eval()
 
@@ -147,10 +149,15 @@ class Qwen25VL:
         for name, text in self.processor_files.items():
             (path / name).write_text(text)
 
-    @cached_property
+    @property
     def encoder_id(self) -> str:
-        """Hashed at the first use and kept, because training leaves the tower as it is. Whoever does train it, as
-        warm_start.py does, saves the model and asks the one that is loaded from there."""
+        """Hashed at the first use and kept until the weights are written to, as training the encoder does."""
+        versions = [x._version for x in self.model.model.visual.state_dict(keep_vars=True).values()]
+        if self._encoder_id is None or self._encoder_id[0] != versions:
+            self._encoder_id = versions, self._identify()
+        return self._encoder_id[1]
+
+    def _identify(self) -> str:
         base = PreTrainedConfig().to_dict().keys()
         about = {
             "family": self.model_type,
@@ -210,11 +217,40 @@ class Qwen25VL:
     ) -> tuple[Tensor, tuple[int, int, int]]:
         embeds, grid_t, grid_hw = [], 0, (0, 0)
         for pixels in _even_chunks(chunks, self._vision.temporal_patch_size):
-            rows, grid = self.patches(pixels, max_pixels)
-            grids = torch.tensor([grid], device=rows.device)
-            embeds.append(self.model.model.visual(rows, grid_thw=grids).pooler_output)
+            rows, grid = self._see(pixels, max_pixels)
+            embeds.append(rows)
             grid_t, grid_hw = grid_t + grid[0], grid[1:]
         return torch.cat(embeds), (grid_t, *grid_hw)
+
+    def encoder_parameters(self, part: str) -> list[torch.nn.Parameter]:
+        visual = self.model.model.visual
+        named = {"tower": visual, "projector": visual.merger}[part].named_parameters()
+        return [p for name, p in named if part == "projector" or not name.startswith("merger.")]
+
+    def encode_backward(self, media: MediaEmbeds, span: slice, grads: Tensor) -> None:
+        """A temporal patch attends to itself alone, so any division into whole ones gives what `encode` gave."""
+        from longrl.video.decode import read_frames
+
+        assert media.clip, f"media {media.key} comes from no clip"
+        (t, h, w), temporal = media.grid_thw, self._vision.temporal_patch_size
+        tokens = h * w // self._vision.spatial_merge_size**2  # of a temporal patch
+        at_once = max(1, BACKWARD_PATCHES // (h * w)) * temporal
+        first = 0
+        for chunk in _even_chunks(read_frames(media.clip), temporal):
+            for pixels in (chunk[i : i + at_once] for i in range(0, len(chunk), at_once)):
+                end = first + len(pixels) // temporal * tokens
+                here = slice(max(first, span.start), min(end, span.stop))
+                if here.start < here.stop:
+                    embeds, _ = self._see(pixels, media.clip.max_pixels)
+                    part = grads[here.start - span.start : here.stop - span.start]
+                    embeds[here.start - first : here.stop - first].backward(part.to(embeds))
+                first = end
+        assert first == t * tokens, f"{media.clip.path}: {first} embeddings, {t * tokens} before"
+
+    def _see(self, pixels: np.ndarray, max_pixels: int | None) -> tuple[Tensor, tuple[int, int, int]]:
+        """Embeddings and grid of whole temporal patches."""
+        rows, grid = self.patches(pixels, max_pixels)
+        return self.model.model.visual(rows, grid_thw=torch.tensor([grid], device=rows.device)).pooler_output, grid
 
     def patches(self, pixels: np.ndarray, max_pixels: int | None = None) -> tuple[Tensor, tuple[int, int, int]]:
         """Frames as the vision tower reads them: resized, normalised, cut into patches in merge order.

@@ -28,7 +28,7 @@ from longrl.models.recompute import TiledMLP, recomputed
 from longrl.models.streams import Streams
 from longrl.parallel.attend import attend, attend_decode
 from longrl.parallel.sequence import Replicated, SequenceGroup, Sharded
-from longrl.types import Prefix, Prompt
+from longrl.types import MediaLeaf, Prefix, Prompt
 
 ATTENTION = "longrl_shared_prefix"
 HEAD_CHUNK = 2048
@@ -132,9 +132,16 @@ class TrunkParts:
 class Trunk(nn.Module):
     """See the module's docstring. One door (`forward(job, ...)`), so that root hooks always run."""
 
-    def __init__(self, parts: TrunkParts, *, memory: MemoryConfig = ALL_KEPT, sp: SequenceGroup | None = None) -> None:
+    def __init__(
+        self,
+        parts: TrunkParts,
+        *,
+        memory: MemoryConfig = ALL_KEPT,
+        sp: SequenceGroup | None = None,
+        media_learns: bool = False,
+    ) -> None:
         super().__init__()
-        self.sp, self.offload = sp, memory.offload
+        self.sp, self.offload, self.media_learns = sp, memory.offload, media_learns
         self.embed, self.norm, self.rotary, self.head = parts.embed, parts.norm, parts.rotary, parts.head
         self.blocks = nn.ModuleList(Block(index, layer, memory) for index, layer in enumerate(parts.layers))
 
@@ -158,7 +165,8 @@ class Trunk(nn.Module):
         for start, end in prompt.media_slots:
             if end > length:
                 raise AssertionError(f"the prefix of {length} tokens ends before its media at {start}:{end}")
-        hidden = self._embed(prompt, mine)[None]
+        hidden, media = self._embed(prompt, mine)
+        hidden = hidden[None]
         rope = self._rope(hidden, prompt.position_ids[:, mine].to(hidden.device))
         keys, values = [], []
         offload = Offload() if self.offload and torch.is_grad_enabled() else None
@@ -166,7 +174,7 @@ class Trunk(nn.Module):
             hidden, k, v = block(hidden, rope, exchange, leave=block is self.blocks[-1], offload=offload)
             keys.append(k)
             values.append(v)
-        return Prefix(keys, values, length, version)
+        return Prefix(keys, values, length, version, media)
 
     def suffix(self, prefix: Prefix, streams: Streams, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
         """Log-probs and entropy of the streams' labelled tokens, given the prefix.
@@ -222,17 +230,24 @@ class Trunk(nn.Module):
         """This rank's part of `total` tokens, and how attention sees the others'."""
         return (slice(0, total), None) if self.sp is None else (self.sp.span(total), Sharded(self.sp, total, kind))
 
-    def _embed(self, prompt: Prompt, tokens: slice) -> Tensor:
-        """[T, D] of a prompt's tokens, media in their slots; of media, which may be memory-mapped, no other rows are
-        read."""
-        first, last = tokens.start, tokens.stop
+    def _embed(self, prompt: Prompt, tokens: slice) -> tuple[Tensor, list[MediaLeaf]]:
+        """[T, D] of a prompt's tokens, media in their slots, and where the gradient of media will be, if it is wanted;
+        of media, which may be memory-mapped, no other rows are read."""
+        first, last, leaves = tokens.start, tokens.stop, []
+        learns = self.media_learns and torch.is_grad_enabled()
         hidden = self.embed(prompt.token_ids[tokens].to(self.device))
         for media, slot in zip(prompt.media, prompt.media_slots, strict=True):
             start, end = max(first, slot[0]), min(last, slot[1])
             if start < end:
-                rows = media.embeds[start - slot[0] : end - slot[0]].to(hidden)
+                span = slice(start - slot[0], end - slot[0])
+                rows = media.embeds[span].to(hidden)
+                if learns:
+                    rows = rows.detach().requires_grad_()
+                    leaves.append(MediaLeaf(media=media, span=span, rows=rows))
                 hidden = torch.cat([hidden[: start - first], rows, hidden[end - first :]])
-        return hidden
+        if learns and not hidden.requires_grad:
+            hidden.requires_grad_()  # a rank without media takes part in the exchanges of the others' backward
+        return hidden, leaves
 
     def _rope(self, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """positions [axes, T] -> cos, sin as the family's rotary module makes them."""

@@ -2,32 +2,69 @@
 
 A Block and the Trunk's own parts are gathered for each pass and dropped after it. Sharded over sp alone, because its
 ranks make the same passes and data-parallel ranks do not: those add up their shards' gradients once a step.
+
+The same on a mesh of one rank keeps the weights whole and lets passes compute in another type than that in which
+weights are stored and gradients added up.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from longrl.parallel.sequence import SequenceGroup
 
 
-def shard(root: nn.Module, blocks: Iterable[nn.Module], sp: SequenceGroup) -> None:
+def shard(
+    root: nn.Module,
+    blocks: Sequence[nn.Module],
+    sp: SequenceGroup | None,
+    compute_dtype: torch.dtype | None = None,
+    device: str | None = None,
+) -> None:
     """Called before an optimizer is made, because it replaces the parameters; those of `root` are its own, not the
-    blocks'."""
-    assert sp.group is not None
-    mesh = DeviceMesh.from_group(sp.group, next(root.parameters()).device.type, mesh_dim_names=("sp",))
+    blocks'.
+
+    Args:
+        sp: who shares the weights; None: this rank keeps them.
+        compute_dtype: of the gathered weights, and so of what passes compute; None: as stored. Gradients are then
+            added up in fp32.
+        device: where passes compute, while the weights stay on the CPU and come a block at a time; None: where they
+            are.
+    """
+    group: Any = _alone() if sp is None else sp.group
+    mesh = DeviceMesh.from_group(group, device or next(root.parameters()).device.type, mesh_dim_names=("sp",))
+    home = OffloadPolicy() if device is None else CPUOffloadPolicy(pin_memory=device != "cpu")
+    precision = MixedPrecisionPolicy()
+    if compute_dtype is not None:
+        # what enters is of the embedding's type already; casting would also take the rotary angles and wide keys
+        precision = MixedPrecisionPolicy(compute_dtype, torch.float32, cast_forward_inputs=False)
     for module in (*blocks, root):
-        sharded = fully_shard(module, mesh=mesh)
+        sharded = fully_shard(module, mesh=mesh, mp_policy=precision, offload_policy=home)
         # gradients are summed, and divided once by the global count; both settings are of this module alone
         sharded.set_gradient_divide_factor(1.0)
         sharded.set_force_sum_reduction_for_comms(True)  # gloo cannot scale while it sums
+    # what FSDP2 prefetches by itself follows the order of the last forward, which is gone when the prefix's backward,
+    # the dear one, comes after the suffix's
+    for after, before in pairwise((root, *reversed(blocks))):
+        after.set_modules_to_backward_prefetch([before])  # pyright: ignore
+
+
+def _alone() -> dist.ProcessGroup | None:
+    """A group of this rank."""
+    if not dist.is_initialized():  # a run of one process, which has none
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    return dist.new_group([dist.get_rank()], use_local_synchronization=True)
 
 
 @contextmanager

@@ -19,7 +19,7 @@ import shutil
 import stat
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -211,6 +211,11 @@ class EmbedCache:
                 f"cannot write an entry of {size_bytes} bytes to the embedding cache {self.dir}: {error}; "
                 "free space there, make it writable, or set cache.dir to another folder"
             ) from error
+
+    def remove(self, keys: Iterable[str]) -> None:
+        """Takes entries out that will not be asked for again; mappings of them stay good."""
+        for key in keys:
+            self._path(key).unlink(missing_ok=True)
 
     def verify(self) -> list[BadEntry]:
         """Reads every entry in full, compares checksums, and removes the bad ones, so that they are encoded again."""

@@ -1,0 +1,63 @@
+"""Runs that train the vision tower or the projector."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from longrl.config import ModelConfig
+from longrl.models import load_family
+from longrl.report.metrics import read_metrics
+from longrl.train_rl import train_rl
+from longrl.train_sft import train_sft
+from tests.e2e.conftest import rl_config, sft_config
+from tests.e2e.test_training import EVEN, same_bits, weights
+
+
+def test_resume_is_bit_identical_and_no_embedding_is_used_twice(dataset, tmp_path):
+    """Each step embeds its videos with the weights it has, and leaves nothing in the cache."""
+    model = {"path": "tiny:qwen2_5_vl", "train": ["language", "projector", "tower"]}
+    common = {"model": model, "steps": 4, "cache": {"dir": str(tmp_path / "cache")}}
+    whole = train_sft(sft_config(dataset, tmp_path, **common, run_dir=str(tmp_path / "whole")))
+    lines = read_metrics(tmp_path / "whole" / "metrics.jsonl")
+    assert [line["cache/hit_rate"] for line in lines] == [0, 0, 0, 0]
+    assert not list((tmp_path / "cache").glob("*/*.safetensors"))
+    config = sft_config(dataset, tmp_path, **common, checkpoint={"every_steps": 2, "keep": 9})
+    train_sft(config)
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step_000004")
+    resumed = train_sft(config)
+    assert same_bits(weights(whole), weights(resumed))
+    assert same_bits(*(load_file(folder / "../trainer.safetensors") for folder in (whole, resumed)))
+
+
+@pytest.mark.parametrize("part", ["projector", "tower"])
+def test_only_what_is_named_learns(dataset, tmp_path, part):
+    """By reinforcement too, and evaluation sees with the new weights."""
+    settings = {"rewards": EVEN, "optim": {"lr": 1e-2}, "eval_every_steps": 2, "eval": {"samples": 1}}
+    model = {"path": "tiny:qwen2_5_vl", "train": [part]}
+    now = weights(train_rl(rl_config(dataset, tmp_path, **settings, steps=2, model=model)))
+    load_family(ModelConfig(path="tiny:qwen2_5_vl")).save(tmp_path / "base")
+    was = weights(tmp_path / "base")
+    changed = {name for name in now if not torch.equal(was[name], now[name])}
+    projector = {name for name in now if "merger" in name}
+    tower = {name for name in now if "visual" in name} - projector
+    assert changed
+    assert changed <= (projector if part == "projector" else tower)
+    assert len(changed) > 0.8 * len(projector if part == "projector" else tower)
+
+
+def test_what_does_not_go_together_is_refused(dataset, tmp_path):
+    for settings, words in (
+        ({"algo": {"kl": "k3"}, "model": {"train": ["tower"]}}, "the reference would need embeddings of its own"),
+        ({"model": {"train": ["language", "tower"], "lora": {}}}, "lora trains the language model alone"),
+        ({"model": {"train": []}}, "nothing would be trained"),
+        ({"model": {}, "algo": {"offload_reference": True}}, "no second model: algo.kl is off"),
+        ({"model": {"lora": {}}, "algo": {"kl": "k3", "offload_reference": True}}, "the policy without its adapters"),
+    ):
+        model = {"path": "tiny:qwen2_5_vl", **settings["model"]}
+        with pytest.raises(ValueError, match=words):
+            rl_config(dataset, tmp_path, **{**settings, "model": model})
+    rl_config(dataset, tmp_path, model={"path": "tiny:qwen2_5_vl", "train": ["tower"]})

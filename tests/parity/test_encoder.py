@@ -1,0 +1,137 @@
+"""A vision tower and a projector that learn: two phases = one graph through everything."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from longrl.config import MemoryConfig
+from longrl.models import qwen_vl
+from longrl.models.qwen_vl import Qwen25VL
+from longrl.models.streams import make_streams
+from longrl.policy import Policy
+from longrl.types import Clip, Example, Message, Prompt
+from longrl.video.decode import read_frames
+from longrl.video.encode import embed
+from tests.parity.test_shared_prefix import gradients, largest_difference, responses_of
+from tests.unit.media import render
+
+LENGTHS = [5, 2, 7]
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory) -> list[Clip]:
+    """Nine frames, so that one is repeated, and eight of another shape."""
+    path = render(tmp_path_factory.mktemp("clips") / "video.mp4")
+    return [
+        Clip(path=str(path), num_frames=9),
+        Clip(path=str(path), start_s=2.0, end_s=6.0, fps=2.0, max_pixels=56 * 56),
+    ]
+
+
+def make(dtype: torch.dtype, clips: list[Clip]) -> tuple[Qwen25VL, list[Prompt]]:
+    """The twin, with several tokens a frame, and two questions about both clips."""
+    family = Qwen25VL.tiny(0, dtype)
+    family.max_pixels = 56 * 84
+    media = tuple(replace(embed(clip, family, None), clip=clip) for clip in clips)
+    assert [len(one.embeds) for one in media] == [5 * 6, 4 * 2]
+    prompts = [
+        family.prompt(
+            Example(
+                id=text,
+                messages=(Message(role="user", content=("first", clips[0], "then", clips[1], text)),),
+                answer=None,
+                kind="open",
+            ),
+            media,
+        )
+        for text in ("what changed?", "who?")
+    ]
+    return family, prompts
+
+
+def one_graph(family: Qwen25VL, prompts: list[Prompt], responses: list[list[int]], weights: torch.Tensor) -> None:
+    """The slow twin: stock transformers from pixels to log-probs, every response by itself."""
+    model = family.model
+    model.set_attn_implementation({"text_config": "sdpa", "vision_config": "sdpa"})
+    for prompt, response, weight in zip(prompts, responses, weights, strict=True):
+        pixels, grids = [], []
+        for media in prompt.media:
+            assert media.clip
+            frames = np.concatenate([chunk.pixels for chunk in read_frames(media.clip)])
+            rest = -len(frames) % 2
+            rows, grid = family.patches(np.concatenate([frames, frames[-1:].repeat(rest, 0)]), media.clip.max_pixels)
+            pixels.append(rows)
+            grids.append(grid)
+        tail = prompt.next_position + torch.arange(len(response))
+        logits = model(
+            input_ids=torch.cat([prompt.token_ids, torch.tensor(response)])[None],
+            position_ids=torch.cat([prompt.position_ids, tail.expand(3, -1)], 1)[:, None],
+            pixel_values_videos=torch.cat(pixels),
+            video_grid_thw=torch.tensor(grids),
+        ).logits[0, len(prompt) - 1 : -1]
+        logp = torch.log_softmax(logits, -1).gather(-1, torch.tensor(response)[:, None])[:, 0]
+        (weight * logp.sum()).backward()
+
+
+# as in test_shared_prefix: transformers' norms and rotary embedding compute in fp32 whatever the dtype
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-7), (torch.float32, 1e-5)])
+@pytest.mark.parametrize(
+    "train", [("language", "projector", "tower"), ("projector",), ("language", "tower")], ids="+".join
+)
+@pytest.mark.parametrize("patches", [1, 4096], ids=["a temporal patch at a time", "all at once"])
+def test_gradients_equal_one_graph_through_everything(monkeypatch, clips, dtype, bound, train, patches):
+    monkeypatch.setattr(qwen_vl, "BACKWARD_PATCHES", patches)
+    family, prompts = make(dtype, clips)
+    policy = Policy(family, train=train, memory=MemoryConfig(recompute="layer"))
+    rows = [prompt for prompt in prompts for _ in LENGTHS]
+    responses = responses_of(family, LENGTHS * len(prompts))
+    weights = torch.linspace(-1, 1.5, len(rows), dtype=dtype)
+    prefix = policy.prefix(prompts)
+    streams = make_streams(rows, responses, prefix.length)
+    policy.backward(prefix, streams, lambda logprobs, entropy, part: (weights[part, None] * logprobs).sum())
+    ours = gradients(family)
+    one_graph(family, rows, responses, weights)
+    theirs = gradients(family)
+    kinds = {
+        "tower" if "visual" in n and "merger" not in n else "projector" if "merger" in n else "language" for n in ours
+    }
+    assert kinds == set(train)
+    assert largest_difference(ours, theirs) < bound
+
+
+def test_the_frozen_rest_has_no_leaves_and_no_second_pass(monkeypatch, clips):
+    """By default media enter as data, and nobody encodes again."""
+    family, prompts = make(torch.float32, clips)
+    policy = Policy(family)
+    monkeypatch.setattr(family, "encode_backward", None)
+    prefix = policy.prefix(prompts)
+    assert prefix.media == []
+    streams = make_streams(prompts, responses_of(family, [3, 4]), prefix.length)
+    policy.backward(prefix, streams, lambda logprobs, entropy, part: logprobs.sum())
+    assert not any("visual" in name for name in gradients(family))
+
+
+def test_embeddings_are_named_after_the_weights_that_made_them(clips):
+    """So that none from before an update is taken for one from after it."""
+    family, _ = make(torch.float32, clips)
+    before = family.encoder_id
+    assert family.encoder_id == before
+    parameter = family.encoder_parameters("tower")[0]
+    with torch.no_grad():
+        parameter[0] += 1e-3
+    changed = family.encoder_id
+    assert changed != before
+    with torch.no_grad():
+        family.model.lm_head.weight[0] += 1e-3
+    assert family.encoder_id == changed
+
+
+def test_a_file_that_lost_frames_since_is_noticed(clips):
+    family, prompts = make(torch.float32, clips)
+    media, short = prompts[0].media[0], replace(clips[0], num_frames=4)
+    with pytest.raises(AssertionError, match="12 embeddings, 30 before"):
+        family.encode_backward(replace(media, clip=short), slice(0, 30), torch.zeros(30, 128))
