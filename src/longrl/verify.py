@@ -96,6 +96,8 @@ def verify_command(model: str, sp: int, dtype: str) -> None:
     config = ModelConfig.model_validate({"path": model, "dtype": DTYPES[dtype]})
     require_model(config)
     family = load_family(config)
+    if family.model.device.type == "cuda" and sp > torch.cuda.device_count():
+        raise ValueError(f"--sp {sp} needs {sp} GPUs, but there are {torch.cuda.device_count()}; choose a smaller --sp")
     text: Any = family.model.config.get_text_config()
     require_heads(text.num_key_value_heads, sp)
     grown = max(1.0, (text.num_hidden_layers / BASE_LAYERS) ** 0.5)

@@ -1,4 +1,5 @@
-"""Processes on this machine that make one call together and hand back what it returned."""
+"""Processes on this machine that make one call together and hand back what it returned. Each has a GPU of its own where
+there are so many; messages about tensors on it go by NCCL, all others by gloo."""
 
 from __future__ import annotations
 
@@ -50,7 +51,7 @@ def in_processes(
 def _process(rank: int, size: int, folder: str, call: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> None:
     sp = None
     if size > 1:
-        cuda = torch.cuda.is_available()
+        cuda = torch.cuda.device_count() >= size
         if cuda:
             torch.cuda.set_device(rank)
         store = dist.FileStore(f"{folder}/store", size)  # pyright: ignore[reportPrivateImportUsage]
