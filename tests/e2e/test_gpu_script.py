@@ -1,0 +1,25 @@
+"""The script for GPUs, on a CPU with a tiny body: it runs through, and prints what its page promises."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "gpu_hour_video.py"
+SMALL = ["--body", "tiny", "--frames", "40", "--tokens", "180", "--response-tokens", "6", "--mlp-tile", "64"]
+
+
+@pytest.mark.parametrize(("part", "paths"), [("hour", ["fused"]), ("curve", ["fused", "plain"]), ("full", ["fused"])])
+def test_every_part_runs(part, paths):
+    done = subprocess.run([sys.executable, str(SCRIPT), part, *SMALL], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [one["path"] for one in found] == paths
+    for one in found:
+        assert one["prompt_tokens"] == 20 * 9 + 40
+        assert set(one["seconds_of"]) >= {"prefill", "decode"}
+        assert one["seconds"] >= sum(one["seconds_of"].values())
