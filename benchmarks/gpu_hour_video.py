@@ -29,8 +29,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "src"))
 
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-from longrl.config import MemoryConfig, RolloutConfig
-from longrl.model_config import LoraConfig
+from longrl.config import LoraConfig, MemoryConfig, RolloutConfig
 from longrl.models.adapters import inject
 from longrl.models.qwen_processor import DEFAULT_LIMITS, make_processor_files
 from longrl.models.qwen_vl import Qwen25VL

@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
+from longrl.model_config import LoraConfig as LoraConfig
 from longrl.model_config import ModelConfig, Section
 
 

@@ -13,8 +13,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from longrl.config import MemoryConfig
-from longrl.model_config import LoraConfig, ModelConfig
+from longrl.config import LoraConfig, MemoryConfig, ModelConfig
 from longrl.models import adapters, load_family
 from longrl.models.qwen_vl import Qwen25VL
 from longrl.models.streams import make_streams

@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from longrl.model_config import LoraConfig
+from longrl.config import LoraConfig
 from longrl.models.family import Family
 from longrl.runtime import seed_for
 
