@@ -16,9 +16,9 @@ from longrl.config_files import load_arguments
 from longrl.errors import run_guarded
 from longrl.runtime import set_up_logging
 
-# Before torch is imported. Waiting threads spin for some microseconds, then sleep. Those that spin on, as they do unless
-# told, take a core from whoever has work (beside another program a run took 150 times as long); those that sleep at once
-# make decoding, which waits often, half as fast.
+# Before torch is imported. Waiting threads spin for some microseconds, then sleep. Those that spin on, as they do by
+# default, take a core from whoever has work (beside another program a run took 150 times as long); those that sleep at
+# once make decoding, which waits often, half as fast.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 app = typer.Typer(
