@@ -40,6 +40,8 @@ class DataConfig(Section):
     max_skips: Annotated[int, Field(ge=0)] = 10
     share_media: Annotated[int, Field(ge=1)] = 1
     """Examples about the same media that stay together in a step, and so share its prefix."""
+    max_prompt_tokens: Annotated[int, Field(ge=1)] | None = None
+    """A longer prompt is unusable, as an unusable media file is, and its video is not decoded; null: any will do."""
 
 
 class CacheConfig(Section):

@@ -58,7 +58,7 @@ class Training:
         self.optimizer = Optimizer(
             self.policy.trunk.parameters(), config.optim, config.steps, encoder=self.policy.encoder
         )
-        self.build = PromptBuilder(self.policy.family, config.cache, skips, ranks)
+        self.build = PromptBuilder(self.policy.family, config.cache, skips, ranks, config.data.max_prompt_tokens)
         self.done, self.sharded = 0, config.parallel.shard
         self._drawn: set[str] = set()
         if latest:

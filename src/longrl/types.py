@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
 
 class MediaError(ValueError):
-    """A media file cannot be used: missing, empty, truncated, without a video stream, span outside it, absurd size.
+    """A media file cannot be used: missing, empty, truncated, without a video stream, span outside it, absurd size; or
+    it makes a prompt longer than the run allows.
 
     The one error that `data.on_error: skip` may turn into a counted skip.
     """
@@ -69,6 +70,23 @@ class Frames:
     def __post_init__(self) -> None:
         if self.pixels.ndim != 4 or self.pixels.shape[-1] != 3 or len(self.pixels) != len(self.timestamps_s):
             raise AssertionError(f"frames {self.pixels.shape} with {len(self.timestamps_s)} timestamps")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MediaSize:
+    """How large the embeddings of a clip will be, told by the packets of its file: nothing has been decoded."""
+
+    num_frames: int
+    num_tokens: int
+    num_bytes: int
+    """Of all tensors, times included."""
+    chunk_frames: int
+    """Frames that the encoder sees at a time, counted from the clip's start: the same, whoever encodes them."""
+    chunk_tokens: int
+
+    @property
+    def num_chunks(self) -> int:
+        return -(-self.num_frames // self.chunk_frames)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -19,5 +19,7 @@ def start(process: Callable[..., None], size: int, *args: Any) -> None:
     Raises:
         Exception: of torch.multiprocessing, with the traceback of the first that failed.
     """
-    multiprocessing.set_forkserver_preload(["tests.distributed.ranks", "tests.distributed.loops"])
+    multiprocessing.set_forkserver_preload(
+        ["tests.distributed.ranks", "tests.distributed.loops", "tests.distributed.media"]
+    )
     torch.multiprocessing.start_processes(process, args=(size, *args), nprocs=size, start_method="forkserver")

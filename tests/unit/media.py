@@ -94,3 +94,28 @@ def decode_all(path: Path) -> tuple[np.ndarray, list[int]]:
 def slow_nearest(times_s: np.ndarray, asked_s: float) -> int:
     """The frame nearest to a time; of two equally near (to a microsecond) the earlier."""
     return int(np.abs(times_s - asked_s).round(6).argmin())
+
+
+def render_growing(path: Path) -> Path:
+    """A broadcast of 100 frames of the usual size and 100 larger ones, at 25 frames a second."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=25, options={"bf": "0"})
+        stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, "yuv420p"
+        larger = av.CodecContext.create("libx264", "w")
+        larger.width, larger.height, larger.pix_fmt = 2 * WIDTH, 2 * HEIGHT, "yuv420p"
+        larger.time_base, larger.framerate, larger.options = Fraction(1, 25), Fraction(25), {"bf": "0"}
+        for first, encoder in ((0, stream.codec_context), (100, larger)):
+            pictures = [picture(first + i) for i in range(100)]
+            for i, pixels in enumerate(pictures):
+                frame = av.VideoFrame.from_ndarray(pixels, "rgb24")
+                frame = frame.reformat(encoder.width, encoder.height, "yuv420p")
+                frame.pts, frame.time_base = first + i, Fraction(1, 25)
+                _mux(container, stream, encoder.encode(frame))
+            _mux(container, stream, encoder.encode(None))
+    return path
+
+
+def _mux(container: av.container.OutputContainer, stream: av.VideoStream, packets: Sequence[av.Packet]) -> None:
+    for packet in packets:
+        packet.stream = stream
+        container.mux(packet)

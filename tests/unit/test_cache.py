@@ -24,7 +24,7 @@ import torch
 
 from longrl.config import CacheConfig, DataConfig, DataRunConfig, ModelConfig
 from longrl.data.examples import Skips
-from longrl.types import Clip, MediaEmbeds, MediaError
+from longrl.types import Clip, MediaEmbeds, MediaError, MediaSize
 from longrl.video import cache as cache_module
 from longrl.video.cache import EmbedCache, cache_key, file_digest
 from longrl.video.cache_commands import cache_build, cache_info, cache_verify, fill
@@ -47,6 +47,20 @@ def make_media(seed: int = 0, num_tokens: int = 50, dtype: torch.dtype = torch.f
         key="",
         deepstack=torch.randn(3, num_tokens, 16, generator=generator).to(dtype) if deepstack else None,
     )
+
+
+def put(cache: EmbedCache, key: str, media: MediaEmbeds) -> None:
+    """Writes an entry in one piece."""
+    tensors = [media.embeds, media.timestamps_s, *([] if media.deepstack is None else [media.deepstack])]
+    size = MediaSize(
+        num_frames=len(media.timestamps_s),
+        num_tokens=len(media.embeds),
+        num_bytes=sum(tensor.nbytes for tensor in tensors),
+        chunk_frames=len(media.timestamps_s),
+        chunk_tokens=len(media.embeds),
+    )
+    with cache.writing(key, size) as entry:
+        entry.seal(key, [entry.write([media])])
 
 
 def bits(tensor: torch.Tensor | None) -> tuple | None:
@@ -78,18 +92,25 @@ class MeanColour:
         self.encoder_id = encoder_id
         self.num_encoded = 0
 
-    def encode(self, clip: Clip) -> MediaEmbeds:
+    def measure(self, clip: Clip) -> MediaSize:
+        with av.open(clip.path) as container:
+            count = sum(packet.size > 0 for packet in container.demux(video=0))
+        return MediaSize(num_frames=count, num_tokens=count, num_bytes=20 * count, chunk_frames=4, chunk_tokens=4)
+
+    def encode(self, clip: Clip, chunks: range | None = None) -> Iterator[MediaEmbeds]:
         self.num_encoded += 1
         with av.open(clip.path) as container:
             frames = [(frame.time, frame.to_ndarray(format="rgb24")) for frame in container.decode(video=0)]
-        means = np.stack([pixels.mean(axis=(0, 1), dtype=np.float32) for _, pixels in frames])
-        return MediaEmbeds(
-            embeds=torch.from_numpy(means),
-            grid_thw=(len(frames), 1, 1),
-            seconds_per_grid=1.0,
-            timestamps_s=torch.tensor([time_s for time_s, _ in frames], dtype=torch.float64),
-            key="",
-        )
+        for chunk in chunks or range(-(-len(frames) // 4)):
+            part = frames[4 * chunk : 4 * chunk + 4]
+            means = np.stack([pixels.mean(axis=(0, 1), dtype=np.float32) for _, pixels in part])
+            yield MediaEmbeds(
+                embeds=torch.from_numpy(means),
+                grid_thw=(len(part), 1, 1),
+                seconds_per_grid=1.0,
+                timestamps_s=torch.tensor([time_s for time_s, _ in part], dtype=torch.float64),
+                key="",
+            )
 
 
 @pytest.fixture
@@ -118,7 +139,7 @@ def remember_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("deepstack", [False, True])
 def test_an_entry_comes_back_bit_for_bit(tmp_path, dtype, deepstack):
     media = make_media(dtype=dtype, deepstack=deepstack)
-    EmbedCache(tmp_path).put(KEY, media)
+    put(EmbedCache(tmp_path), KEY, media)
 
     cache = EmbedCache(tmp_path)
     got = cache.get(KEY)
@@ -141,7 +162,7 @@ def test_an_absent_entry_is_a_silent_miss(tmp_path, caplog):
 def test_rows_are_those_of_the_whole(tmp_path, rows):
     media = make_media(deepstack=True)
     cache = EmbedCache(tmp_path)
-    cache.put(KEY, media)
+    put(cache, KEY, media)
     got = cache.get(KEY, rows)
     assert got is not None
     assert bits(got.embeds) == bits(media.embeds[rows])
@@ -152,7 +173,7 @@ def test_rows_are_those_of_the_whole(tmp_path, rows):
 
 def test_rows_that_do_not_exist_are_a_bug_of_the_caller(tmp_path):
     cache = EmbedCache(tmp_path)
-    cache.put(KEY, make_media(num_tokens=50))
+    put(cache, KEY, make_media(num_tokens=50))
     for rows in (slice(0, 51), slice(0, 50, 2)):
         with pytest.raises(AssertionError, match="50 embeddings"):
             cache.get(KEY, rows)
@@ -162,7 +183,7 @@ def test_rows_that_do_not_exist_are_a_bug_of_the_caller(tmp_path):
 def test_tensors_are_mapped_and_private(tmp_path):
     media = make_media()
     cache = EmbedCache(tmp_path)
-    cache.put(KEY, media)
+    put(cache, KEY, media)
     got = cache.get(KEY)
     assert got is not None
     assert str(entry_path(cache, KEY)) in Path("/proc/self/maps").read_text()
@@ -173,7 +194,7 @@ def test_tensors_are_mapped_and_private(tmp_path):
 def test_entries_are_readable_by_whoever_may_read_the_folder(tmp_path):
     cache = EmbedCache(tmp_path)
     (tmp_path / KEY[:2]).mkdir(mode=0o755)
-    cache.put(KEY, make_media())
+    put(cache, KEY, make_media())
     assert entry_path(cache, KEY).stat().st_mode & 0o777 == 0o644
 
 
@@ -318,11 +339,10 @@ def test_a_renamed_video_is_known_and_another_encoder_is_not(tmp_path, video):
 
 def test_a_file_that_changes_meanwhile_leaves_no_entry(tmp_path, video):
     class WhileItIsWritten(MeanColour):
-        def encode(self, clip: Clip) -> MediaEmbeds:
-            media = super().encode(clip)
+        def encode(self, clip: Clip, chunks: range | None = None) -> Iterator[MediaEmbeds]:
+            yield from super().encode(clip, chunks)
             with open(clip.path, "ab") as file:
                 file.write(b"more")
-            return media
 
     cache = EmbedCache(tmp_path / "cache")
     with pytest.raises(MediaError, match="changed while"):
@@ -371,7 +391,7 @@ def test_build_encodes_what_is_not_there_yet(tmp_path, video, capsys):
 @pytest.fixture
 def entry(tmp_path: Path) -> tuple[EmbedCache, Path, MediaEmbeds]:
     cache, media = EmbedCache(tmp_path), make_media(deepstack=True)
-    cache.put(KEY, media)
+    put(cache, KEY, media)
     return cache, entry_path(cache, KEY), media
 
 
@@ -385,7 +405,7 @@ def test_a_truncated_entry_is_never_believed_and_is_written_again(entry, caplog)
         assert cache.get(KEY) is None
         assert cache.misses == count
         assert str(path) in caplog.text
-        cache.put(KEY, media)
+        put(cache, KEY, media)
         assert contents(cache.get(KEY)) == contents(media)
 
 
@@ -422,7 +442,7 @@ def test_other_contents_under_the_same_name_are_never_believed(entry, tmp_path):
 
 def test_altered_tensors_are_found_by_verify_and_removed(entry):
     cache, path, media = entry
-    cache.put(key_of(1), media)
+    put(cache, key_of(1), media)
     whole = bytearray(path.read_bytes())
     whole[-5] ^= 1
     path.write_bytes(whole)
@@ -449,41 +469,41 @@ def test_commands_print_and_refuse_a_wrong_folder(entry, tmp_path, capsys):
 def test_the_least_recently_used_goes_first(tmp_path):
     media = make_media()
     cache = EmbedCache(tmp_path)
-    cache.put(key_of(0), media)
+    put(cache, key_of(0), media)
     entry_bytes = cache.info().size_bytes
     cache = EmbedCache(tmp_path, max_bytes=3 * entry_bytes + entry_bytes // 2)
     for number in (1, 2):
-        cache.put(key_of(number), media)
+        put(cache, key_of(number), media)
     for age_s, number in ((30, 0), (20, 1), (10, 2)):
         os.utime(entry_path(cache, key_of(number)), (time.time() - age_s,) * 2)
     held = cache.get(key_of(1))
     oldest = cache.get(key_of(0))
 
-    cache.put(key_of(3), media)
+    put(cache, key_of(3), media)
     assert [cache.get(key_of(number)) is not None for number in range(4)] == [True, True, False, True]
 
-    cache.put(key_of(4), media)
-    cache.put(key_of(5), media)
-    cache.put(key_of(6), media)
+    put(cache, key_of(4), media)
+    put(cache, key_of(5), media)
+    put(cache, key_of(6), media)
     assert cache.info().num_entries == 3
     assert contents(held) == contents(oldest) == contents(media)  # a mapping outlives its entry
 
 
 def test_rewriting_an_entry_evicts_nothing(tmp_path):
     media = make_media()
-    EmbedCache(tmp_path).put(key_of(0), media)
+    put(EmbedCache(tmp_path), key_of(0), media)
     cache = EmbedCache(tmp_path, max_bytes=2 * EmbedCache(tmp_path).info().size_bytes)
-    cache.put(key_of(1), media)
+    put(cache, key_of(1), media)
     for _ in range(3):
-        cache.put(key_of(0), media)
+        put(cache, key_of(0), media)
     assert cache.info().num_entries == 2
 
 
 def test_what_can_never_fit_is_refused_before_anything_is_evicted(tmp_path):
-    EmbedCache(tmp_path).put(key_of(0), make_media())
+    put(EmbedCache(tmp_path), key_of(0), make_media())
     cache = EmbedCache(tmp_path, max_bytes=20_000)
     with pytest.raises(ValueError, match=r"raise cache\.max_gib"):
-        cache.put(key_of(1), make_media(num_tokens=1000))
+        put(cache, key_of(1), make_media(num_tokens=1000))
     assert cache.get(key_of(0)) is not None
 
 
@@ -500,7 +520,7 @@ def test_files_of_others_are_never_touched(tmp_path):
     media = make_media()
     cache = EmbedCache(tmp_path, max_bytes=20_000)
     for number in range(5):
-        cache.put(key_of(number), media)
+        put(cache, key_of(number), media)
     assert cache.verify() == []
     assert cache.info().size_bytes <= 20_000
     assert all(path.exists() for path in foreign)
@@ -514,7 +534,7 @@ def test_what_crashed_writers_left_is_swept_after_an_hour(tmp_path):
         (folder / "part").write_bytes(b"half")
     for path in (old / "part", old, recent):  # recent: its file is still being written to
         os.utime(path, (time.time() - 2 * cache_module.STALE_S,) * 2)
-    cache.put(KEY, make_media())
+    put(cache, KEY, make_media())
     assert not old.exists()
     assert recent.exists()
 
@@ -525,7 +545,7 @@ def test_what_crashed_writers_left_is_swept_after_an_hour(tmp_path):
 def _put_many(folder: str, seed: int, num: int) -> None:
     cache = EmbedCache(folder, max_bytes=10**7)
     for number in itertools.islice(itertools.cycle(range(4)), num):
-        cache.put(key_of(number), make_media(seed=number, num_tokens=2000))
+        put(cache, key_of(number), make_media(seed=number, num_tokens=2000))
         assert contents(cache.get(key_of((number + seed) % 4))) in (
             None,
             contents(make_media(seed=(number + seed) % 4, num_tokens=2000)),
@@ -554,12 +574,12 @@ def test_two_processes_write_the_same_keys(tmp_path):
 PUT_FOREVER = """
 import sys, torch
 sys.path.insert(0, sys.argv[2])
-from test_cache import make_media, key_of
+from test_cache import make_media, key_of, put
 from longrl.video.cache import EmbedCache
 cache, media = EmbedCache(sys.argv[1]), make_media(num_tokens=200_000)
 number = 0
 while True:
-    cache.put(key_of(number % 256), media)
+    put(cache, key_of(number % 256), media)
     number += 1
 """
 
@@ -580,20 +600,20 @@ def test_a_writer_that_is_killed_leaves_no_half_entry(tmp_path):
     num_entries = cache.info().num_entries
     assert num_entries >= 3
     assert cache.verify() == []
-    cache.put(key_of(num_entries), make_media())
+    put(cache, key_of(num_entries), make_media())
     assert contents(cache.get(key_of(num_entries))) == contents(make_media())
 
 
 PUT_UNDER_LIMIT = """
 import resource, sys
 sys.path.insert(0, sys.argv[2])
-from test_cache import make_media, key_of
+from test_cache import make_media, key_of, put
 from longrl.video.cache import EmbedCache
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 cache = EmbedCache(sys.argv[1], max_bytes=10**7)
-cache.put(key_of(1), make_media())
+put(cache, key_of(1), make_media())
 try:
-    cache.put(key_of(2), make_media(num_tokens=5000))
+    put(cache, key_of(2), make_media(num_tokens=5000))
 except OSError as error:
     print(error)
 assert cache.get(key_of(1)) is not None and cache.get(key_of(2)) is None
@@ -613,5 +633,5 @@ def test_a_failing_disk_is_one_line_and_leaves_nothing(tmp_path):
 def test_a_folder_that_cannot_be_made_is_one_line(tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(OSError, match="make it writable") as caught:
-        EmbedCache(tmp_path / "file" / "cache").put(KEY, make_media())
+        put(EmbedCache(tmp_path / "file" / "cache"), KEY, make_media())
     assert "\n" not in str(caught.value)

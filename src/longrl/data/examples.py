@@ -43,7 +43,7 @@ class Skips:
     """What a run does about unusable media (`data.on_error`, `data.max_skips`): raise, or skip, name and count."""
 
     def __init__(self, data: DataConfig) -> None:
-        self._data = data
+        self.data = data
         self.names: dict[str, str] = {}
         """What was skipped -> why."""
 
@@ -54,16 +54,16 @@ class Skips:
             MediaError: The given one, if nothing may be skipped.
             ValueError: Too much was skipped.
         """
-        if self._data.on_error == "raise":
+        if self.data.on_error == "raise":
             raise error
         if name in self.names:
             return
         self.names[name] = str(error)
         log.warning("skipped %s: %s", name, error)
-        if len(self.names) > self._data.max_skips:
+        if len(self.names) > self.data.max_skips:
             raise ValueError(
                 f"{len(self.names)} skipped for unusable media ({', '.join(self.names)}), data.max_skips allows only "
-                f"{self._data.max_skips}; mend the files named above or raise data.max_skips"
+                f"{self.data.max_skips}; mend the files named above or raise data.max_skips"
             ) from error
 
 

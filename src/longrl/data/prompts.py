@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import TypeVar
 
 from longrl.config import CacheConfig
+from longrl.data.clips import Clips
 from longrl.data.examples import Skips
 from longrl.models.family import Family
 from longrl.parallel.ranks import ALONE, Ranks
 from longrl.types import Clip, Example, MediaEmbeds, MediaError, Prompt
 from longrl.video.cache import EmbedCache
-from longrl.video.encode import embed
+from longrl.video.encode import Looked
+
+T = TypeVar("T", Looked, MediaEmbeds)
 
 Change = Callable[[Example, tuple[MediaEmbeds, ...]], tuple[Example, tuple[MediaEmbeds, ...]]]
 """What a control does to an example and its media before the prompt is built."""
@@ -20,12 +24,25 @@ Change = Callable[[Example, tuple[MediaEmbeds, ...]], tuple[Example, tuple[Media
 class PromptBuilder:
     """Builds the prompts of a run; keeps no embeddings of its own (the cache maps them from disk)."""
 
-    def __init__(self, family: Family, cache: CacheConfig, skips: Skips, ranks: Ranks = ALONE) -> None:
-        """skips: the run's, which has counted the rows whose files are missing."""
+    def __init__(
+        self,
+        family: Family,
+        cache: CacheConfig,
+        skips: Skips,
+        ranks: Ranks = ALONE,
+        max_tokens: int | None = None,
+        limit: str = "data.max_prompt_tokens",
+    ) -> None:
+        """
+        Args:
+            skips: the run's, which has counted the rows whose files are missing.
+            max_tokens: an example whose prompt would be longer cannot be used, which is known before it is decoded.
+            limit: what says so.
+        """
         self.family, self.skips, self.ranks = family, skips, ranks
+        self.max_tokens, self.limit = max_tokens, limit
         self.cache = EmbedCache(cache.dir, int(cache.max_gib * 2**30))
-        self._others = EmbedCache(cache.dir)  # to read what other ranks have looked up, without counting it again
-        self._found: dict[Clip, str | MediaError] = {}
+        self.clips = Clips(family, self.cache, ranks)
         self._counts = [(0, 0)]
 
     @property
@@ -36,69 +53,83 @@ class PromptBuilder:
         return hits / (hits + misses) if hits + misses else 1.0
 
     def prepare(self, examples: Sequence[Example]) -> None:
-        """Shares the clips out to all ranks, which all call this: one looks at a clip and embeds it if the cache does
-        not have it, and all believe what it says, so that all skip the same examples.
+        """Shares the clips out to all ranks, which all call this, so that all skip the same examples: see clips.py.
 
         Raises:
             RuntimeError: they do not.
+            MediaError, ValueError: as `__call__`.
         """
         if self.ranks.size == 1:
             return
-        clips = list(dict.fromkeys(clip for example in examples for clip in example.clips))
-        mine: dict[Clip, str | MediaError] = {}
-        for clip in clips[self.ranks.rank :: self.ranks.size]:
-            found = self._look(clip)
-            mine[clip] = found if isinstance(found, MediaError) else found.key
-        said = self.ranks.gather_all((mine, (self.cache.hits, self.cache.misses), sorted(self.skips.names)))
-        for rank, (_, _, skipped) in enumerate(said):
-            if differing := set(skipped) ^ set(said[0][2]):
+        self.clips.look_up_together(clip for example in examples for clip in example.clips)
+        said = self.ranks.gather_all(((self.cache.hits, self.cache.misses), sorted(self.skips.names)))
+        for rank, (_, skipped) in enumerate(said):
+            if differing := set(skipped) ^ set(said[0][1]):
                 raise RuntimeError(
                     f"ranks 0 and {rank} do not see the same files: only one of them skipped {', '.join(differing)}"
                 )
-        self._found = {clip: found for part, _, _ in said for clip, found in part.items()}
-        self._counts = [counts for _, counts, _ in said]
+        self._counts = [counts for counts, _ in said]
+        kept, _ = self._look_up(examples)
+        self.clips.encode_together(clip for index in kept for clip in examples[index].clips)
 
     def __call__(self, examples: Sequence[Example], change: Change | None = None) -> tuple[list[int], list[Prompt]]:
         """Indices of the examples that can be used, and their prompts.
 
         Raises:
-            MediaError: a clip cannot be used and `data.on_error` is `raise`.
+            MediaError: a clip cannot be used, or a prompt is too long, and `data.on_error` is `raise`.
             ValueError: too many were skipped.
         """
+        fitting, looked = self._look_up(examples)
         kept: list[int] = []
         prompts: list[Prompt] = []
         media: dict[Clip, MediaEmbeds | MediaError] = {}
-        for index, example in enumerate(examples):
+        for index in fitting:
+            example = examples[index]
             for clip in example.clips:
                 if clip not in media:
-                    media[clip] = self._see(clip)
-            looked = [media[clip] for clip in example.clips]
-            if errors := [one for one in looked if isinstance(one, MediaError)]:
-                self.skips.record(example.id, errors[0])
+                    media[clip] = self.clips.embeds(clip, looked[clip])
+            seen = self._usable(example, [media[clip] for clip in example.clips])
+            if seen is None:
                 continue
-            found = zip(looked, example.clips, strict=True)
-            seen = tuple(replace(one, clip=clip) for one, clip in found if isinstance(one, MediaEmbeds))
+            seen = tuple(replace(one, clip=clip) for one, clip in zip(seen, example.clips, strict=True))
             shown, seen = change(example, seen) if change else (example, seen)
             kept.append(index)
             prompts.append(self.family.prompt(shown, seen))
         return kept, prompts
 
-    def _look(self, clip: Clip) -> MediaEmbeds | MediaError:
-        try:
-            return embed(clip, self.family, self.cache)
-        except MediaError as error:
-            return error
+    def _look_up(self, examples: Sequence[Example]) -> tuple[list[int], dict[Clip, Looked]]:
+        """Indices of the examples whose clips are there and whose prompts are short enough, and what is known of the
+        clips; the other examples are skipped. Nothing is decoded."""
+        found: dict[Clip, Looked | MediaError] = {}
+        kept: list[int] = []
+        for index, example in enumerate(examples):
+            for clip in example.clips:
+                if clip not in found:
+                    found[clip] = self.clips.look_up(clip)
+            looked = self._usable(example, [found[clip] for clip in example.clips])
+            if looked is not None and self._fits(example, [one.num_tokens for one in looked]):
+                kept.append(index)
+        return kept, {clip: looked for clip, looked in found.items() if isinstance(looked, Looked)}
 
-    def _see(self, clip: Clip) -> MediaEmbeds | MediaError:
-        found = self._found.get(clip)
-        if found is None:
-            return self._look(clip)
-        media = found if isinstance(found, MediaError) else self._others.get(found)
-        if media is None:  # evicted since, or the rank that looked has another disk
-            media = self._look(clip)
-            if isinstance(media, MediaError):
-                raise RuntimeError(f"{media}; another rank could use it, and all ranks must use the same examples")
-        return media
+    def _usable(self, example: Example, found: Sequence[T | MediaError]) -> list[T] | None:
+        """What was found, unless the example is skipped for an error among it."""
+        usable = [one for one in found if not isinstance(one, MediaError)]
+        for error in found:
+            if isinstance(error, MediaError):
+                self.skips.record(example.id, error)
+                return None
+        return usable
+
+    def _fits(self, example: Example, media_tokens: Sequence[int]) -> bool:
+        if self.max_tokens is None or (count := self.family.count_tokens(example, media_tokens)) <= self.max_tokens:
+            return True
+        error = MediaError(
+            f"example {example.id}: its prompt would have {count} tokens, {sum(media_tokens)} of them media, and "
+            f"{self.limit} allows {self.max_tokens}; sample fewer frames (fps, num_frames, a shorter span), lower "
+            f"video.max_pixels, or make room for more (a larger parallel.sp divides a prompt among more processes)"
+        )
+        self.skips.record(example.id, error)
+        return False
 
 
 def response_ids(family: Family, text: str) -> list[int]:

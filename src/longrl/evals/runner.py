@@ -122,7 +122,7 @@ def evaluate(
         change: a control: what is done to each prompt's example and media first (see controls.py).
         forced: a control: the text that every response is made to begin with.
     """
-    build = PromptBuilder(policy.family, config.cache, skips, ranks)
+    build = PromptBuilder(policy.family, config.cache, skips, ranks, skips.data.max_prompt_tokens)
     sampling = config.rollout.model_copy(
         update={"group_size": config.eval.samples, "temperature": config.eval.temperature}
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol, Self
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from longrl.models.trunk import TrunkParts
-from longrl.types import Clip, Example, Frames, MediaEmbeds, Prompt
+from longrl.types import Clip, Example, Frames, MediaEmbeds, MediaSize, Prompt
 
 
 class Family(Protocol):
@@ -52,14 +52,29 @@ class Family(Protocol):
 
     def parts(self) -> TrunkParts: ...
 
-    def encode(self, clip: Clip) -> MediaEmbeds:
-        """Decodes and encodes a clip, a bounded number of frames at a time; key is left empty."""
+    def measure(self, clip: Clip) -> MediaSize:
+        """Exactly what `encode` will give of a clip, from the packets of its file. Raises as `encode`, but for damage
+        that only decoding shows."""
+        ...
+
+    def encode(self, clip: Clip, chunks: range | None = None) -> Iterator[MediaEmbeds]:
+        """Decodes and encodes a clip, a chunk of `measure` at a time, in order; keys are left empty.
+
+        chunks: which of them; None: all.
+        """
         ...
 
     def encode_frames(
         self, chunks: Iterable[Frames], max_pixels: int | None = None
     ) -> tuple[Tensor, tuple[int, int, int]]:
         """Embeddings [V, D] (with gradients if enabled) and grid of frames already decoded."""
+        ...
+
+    def count_tokens(self, example: Example, media_tokens: Sequence[int]) -> int:
+        """Length of the prompt that `prompt` would give.
+
+        media_tokens: of each clip of the example.
+        """
         ...
 
     def encoder_parameters(self, part: str) -> list[nn.Parameter]:

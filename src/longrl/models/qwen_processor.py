@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterable, Iterator
 from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from longrl.types import Clip, Frames
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
@@ -74,3 +80,24 @@ def frame_size(height: int, width: int, factor: int, min_pixels: int, max_pixels
         grow = math.sqrt(min_pixels / (height * width))
         h, w = (math.ceil(side * grow / factor) * factor for side in (height, width))
     return h, w
+
+
+def even_chunks(chunks: Iterable[Frames], multiple: int) -> Iterator[np.ndarray]:
+    """Regroups frames so that every chunk is whole temporal patches; the last frame repeats to fill the last patch, as
+    the model's own preprocessing does."""
+    rest: np.ndarray | None = None
+    for frames in chunks:
+        pixels = frames.pixels if rest is None else np.concatenate([rest, frames.pixels])
+        whole = len(pixels) // multiple * multiple
+        if whole:
+            yield pixels[:whole]
+        rest = pixels[whole:]
+    if rest is not None and len(rest):
+        yield np.concatenate([rest, np.repeat(rest[-1:], multiple - len(rest), 0)])
+
+
+def seconds_per_grid(clip: Clip, timestamps: Tensor, temporal_patch: int) -> float:
+    if clip.fps is not None:
+        return temporal_patch / clip.fps
+    span = float(timestamps[-1] - timestamps[0])
+    return temporal_patch * span / (len(timestamps) - 1) if len(timestamps) > 1 else 1.0

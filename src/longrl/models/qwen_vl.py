@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -28,16 +29,24 @@ from longrl.models.qwen_processor import (
     MEAN,
     PROCESSOR_FILES,
     STD,
+    even_chunks,
     frame_size,
     make_processor_files,
     pixel_limits,
+    seconds_per_grid,
 )
 from longrl.models.tiny import make_tokenizer
 from longrl.models.trunk import ATTENTION, TrunkParts
-from longrl.types import Clip, Example, Frames, MediaEmbeds, MediaError, Prompt
+from longrl.types import Clip, Example, Frames, MediaEmbeds, MediaError, MediaSize, Prompt
 
-PREPROCESSING = 1
-"""Raise it when `patches` or the regrouping of frames changes: cached embeddings are then made again."""
+if TYPE_CHECKING:
+    from longrl.video.decode import Selection
+
+PREPROCESSING = 2
+"""Raise it when `patches` or what is encoded together changes: cached embeddings are then made again."""
+CHUNK_PATCHES, CHUNK_GRIDS, CHUNK_BYTES = 2**14, 64, 64 * 2**20
+"""The tower sees at most so many patches at a time, temporal patches, and bytes of pixels; one temporal patch at least.
+The first two bound what it keeps, the last what is decoded."""
 BACKWARD_PATCHES = 4096
 """The tower is differentiated over at most so many patches at a time, or one temporal patch."""
 VIDEO_TOKEN = "<|video_pad|>"
@@ -187,28 +196,50 @@ class Qwen25VL:
 
     # ---- media
 
-    def encode(self, clip: Clip) -> MediaEmbeds:
-        from longrl.video.decode import read_frames
+    def measure(self, clip: Clip) -> MediaSize:
+        from longrl.video.decode import select_frames
 
-        times: list[np.ndarray] = []
+        return self._measure(clip, select_frames(clip))
 
-        def chunks() -> Iterator[Frames]:
-            for frames in read_frames(clip):
-                try:
-                    self._size(frames.pixels, clip.max_pixels)
-                except ValueError as error:
-                    raise MediaError(f"{clip.path}: {error}") from error
-                times.append(frames.timestamps_s)
-                yield frames
+    def _measure(self, clip: Clip, selected: Selection) -> MediaSize:
+        index, vision, num_frames = selected.index, self._vision, len(selected.chosen)
+        try:
+            # shown upright, height and width may change places, which the number of patches does not depend on
+            height, width = self._size(index.height, index.width, clip.max_pixels)
+        except ValueError as error:
+            raise MediaError(f"{clip.path}: {error}") from error
+        temporal = vision.temporal_patch_size
+        patches = height * width // vision.patch_size**2
+        grids = min(CHUNK_PATCHES // patches, CHUNK_GRIDS, CHUNK_BYTES // (temporal * 3 * index.height * index.width))
+        tokens = patches // vision.spatial_merge_size**2
+        num_tokens = -(-num_frames // temporal) * tokens
+        return MediaSize(
+            num_frames=num_frames,
+            num_tokens=num_tokens,
+            num_bytes=num_tokens * vision.out_hidden_size * self.model.dtype.itemsize + 8 * num_frames,
+            chunk_frames=temporal * max(1, grids),
+            chunk_tokens=tokens * max(1, grids),
+        )
 
-        with torch.no_grad():
-            embeds, grid = self.encode_frames(chunks(), clip.max_pixels)
-        timestamps = torch.from_numpy(np.concatenate(times))
+    def encode(self, clip: Clip, chunks: range | None = None) -> Iterator[MediaEmbeds]:
+        from longrl.video.decode import select_frames
+
+        selected = select_frames(clip)
+        size = self._measure(clip, selected)
+        part = None if chunks is None else range(chunks.start * size.chunk_frames, chunks.stop * size.chunk_frames)
+        times = torch.from_numpy(selected.times_s)
+        seconds = seconds_per_grid(clip, times, self._vision.temporal_patch_size)
+        # a map keeps no chunk of pixels while the next one is decoded, as a loop would
+        return map(partial(self._encode_chunk, clip, seconds), selected.read(size.chunk_frames, part))
+
+    @torch.no_grad()
+    def _encode_chunk(self, clip: Clip, seconds_per_grid: float, frames: Frames) -> MediaEmbeds:
+        embeds, grid = self.encode_frames([frames], clip.max_pixels)
         return MediaEmbeds(
             embeds=embeds.cpu(),
             grid_thw=grid,
-            seconds_per_grid=_seconds_per_grid(clip, timestamps, self._vision.temporal_patch_size),
-            timestamps_s=timestamps,
+            seconds_per_grid=seconds_per_grid,
+            timestamps_s=torch.from_numpy(frames.timestamps_s),
             key="",
         )
 
@@ -216,7 +247,7 @@ class Qwen25VL:
         self, chunks: Iterable[Frames], max_pixels: int | None = None
     ) -> tuple[Tensor, tuple[int, int, int]]:
         embeds, grid_t, grid_hw = [], 0, (0, 0)
-        for pixels in _even_chunks(chunks, self._vision.temporal_patch_size):
+        for pixels in even_chunks(chunks, self._vision.temporal_patch_size):
             rows, grid = self._see(pixels, max_pixels)
             embeds.append(rows)
             grid_t, grid_hw = grid_t + grid[0], grid[1:]
@@ -236,7 +267,7 @@ class Qwen25VL:
         tokens = h * w // self._vision.spatial_merge_size**2  # of a temporal patch
         at_once = max(1, BACKWARD_PATCHES // (h * w)) * temporal
         first = 0
-        for chunk in _even_chunks(read_frames(media.clip), temporal):
+        for chunk in even_chunks(read_frames(media.clip), temporal):
             for pixels in (chunk[i : i + at_once] for i in range(0, len(chunk), at_once)):
                 end = first + len(pixels) // temporal * tokens
                 here = slice(max(first, span.start), min(end, span.stop))
@@ -264,7 +295,7 @@ class Qwen25VL:
         """
         vision = self._vision
         patch, merge, temporal = vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size
-        height, width = self._size(pixels, max_pixels)
+        height, width = self._size(pixels.shape[1], pixels.shape[2], max_pixels)
         x = torch.from_numpy(pixels).permute(0, 3, 1, 2)
         x = torch.nn.functional.interpolate(x, (height, width), mode="bicubic", antialias=True)
         mean, std = (torch.tensor(v)[:, None, None] for v in (MEAN, STD))
@@ -274,15 +305,18 @@ class Qwen25VL:
         x = x.permute(0, 3, 6, 4, 7, 2, 1, 5, 8).reshape(t * h * w, -1)
         return x.to(self.model.device, self.model.dtype), (t, h, w)
 
-    def _size(self, pixels: np.ndarray, max_pixels: int | None) -> tuple[int, int]:
+    def _size(self, height: int, width: int, max_pixels: int | None) -> tuple[int, int]:
         limit = min(self.max_pixels, max_pixels or self.max_pixels)
         factor = self._vision.patch_size * self._vision.spatial_merge_size
-        height, width = pixels.shape[1:3]
         return frame_size(height, width, factor, min(self.min_pixels, limit), limit)
 
     # ---- prompts
 
-    def prompt(self, example: Example, media: tuple[MediaEmbeds, ...]) -> Prompt:
+    def count_tokens(self, example: Example, media_tokens: Sequence[int]) -> int:
+        return len(self._template_ids(example, len(media_tokens))) - len(media_tokens) + sum(media_tokens)
+
+    def _template_ids(self, example: Example, num_media: int) -> list[int]:
+        """The tokens of an example, one placeholder for each of its clips."""
         template = [
             {
                 "role": message.role,
@@ -295,14 +329,15 @@ class Qwen25VL:
         ]
         text = self.tokenizer.apply_chat_template(template, tokenize=False, add_generation_prompt=True)
         ids = self.tokenizer.encode(text, add_special_tokens=False)  # pyright: ignore[reportArgumentType]
+        if (found := ids.count(self.model.config.video_token_id)) != num_media:
+            raise ValueError(f"example {example.id}: {found} video placeholders in the text for {num_media} clips")
+        return ids
+
+    def prompt(self, example: Example, media: tuple[MediaEmbeds, ...]) -> Prompt:
         pad = self.model.config.video_token_id
-        if ids.count(pad) != len(media):
-            raise ValueError(
-                f"example {example.id}: {ids.count(pad)} video placeholders in the text for {len(media)} clips"
-            )
         token_ids: list[int] = []
         slots: list[tuple[int, int]] = []
-        for token in ids:
+        for token in self._template_ids(example, len(media)):
             if token == pad:
                 count = len(media[len(slots)].embeds)
                 slots.append((len(token_ids), len(token_ids) + count))
@@ -336,27 +371,6 @@ class Qwen25VL:
     @property
     def _vision(self) -> Any:
         return self.model.config.vision_config
-
-
-def _even_chunks(chunks: Iterable[Frames], multiple: int) -> Iterator[np.ndarray]:
-    """Regroups frames so that every chunk is whole temporal patches; the last frame repeats to fill the last patch, as
-    the model's own preprocessing does."""
-    rest: np.ndarray | None = None
-    for frames in chunks:
-        pixels = frames.pixels if rest is None else np.concatenate([rest, frames.pixels])
-        whole = len(pixels) // multiple * multiple
-        if whole:
-            yield pixels[:whole]
-        rest = pixels[whole:]
-    if rest is not None and len(rest):
-        yield np.concatenate([rest, np.repeat(rest[-1:], multiple - len(rest), 0)])
-
-
-def _seconds_per_grid(clip: Clip, timestamps: Tensor, temporal_patch: int) -> float:
-    if clip.fps is not None:
-        return temporal_patch / clip.fps
-    span = float(timestamps[-1] - timestamps[0])
-    return temporal_patch * span / (len(timestamps) - 1) if len(timestamps) > 1 else 1.0
 
 
 def _refuse_missing(info: dict[str, Any]) -> None:

@@ -44,6 +44,7 @@ class Ranks:
         self.everyone, self.dp = everyone, dp
         self.rank, self.size = _place(everyone)
         self.dp_rank, self.dp_size = _place(dp)
+        self.sp_rank, self.sp_size = _place(sp)
         self.sp = None if sp is None or dist.get_world_size(sp) == 1 else SequenceGroup(sp)
 
     @property
@@ -57,6 +58,10 @@ class Ranks:
     def gather_all(self, x: T) -> list[T]:
         """The x of every rank, on each."""
         return _gather(self.everyone, x)
+
+    def gather_sp(self, x: T) -> list[T]:
+        """The x of every rank that shares a prompt with this one, on each."""
+        return _gather(None if self.sp is None else self.sp.group, x)
 
     def once(self, make: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """What `make` returns on one of the ranks that share a prompt, told to the others: for what need not come out

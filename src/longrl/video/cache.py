@@ -23,19 +23,11 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
-
-from longrl.types import Clip, MediaEmbeds, MediaError
+from longrl.types import Clip, MediaEmbeds, MediaError, MediaSize
+from longrl.video.entry import HEADER_BYTES, SCHEMA, BadEntryError, EntryFile, checksum, opened, read_media
 
 log = logging.getLogger(__name__)
-
-SCHEMA = 1
-"""Of the file and of the key: raise it when the meaning of either changes, and no old entry is ever read again."""
 
 STALE_S = 3600
 """Temporary folders that nobody has written to for this long belong to a crashed writer."""
@@ -47,10 +39,6 @@ SETTLED_S = 2.0
 _ENTRY_NAME = re.compile(r"[0-9a-f]{64}\.safetensors")
 _SHARD_NAME = re.compile(r"[0-9a-f]{2}|digests")
 _TEMP_PREFIX = ".embed-"
-
-
-class BadEntryError(Exception):
-    """An entry is not what its writer wrote; the message says how it shows."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,8 +103,10 @@ def file_digest(path: str, memo_dir: Path | None = None) -> str:
         # Remembering only saves time: where it cannot be written (a read-only cache), the file is read again.
         with suppress(OSError):
             memo.parent.mkdir(parents=True, exist_ok=True)
-            with _temp_beside(memo) as temp:
+            with _folder_beside(memo) as folder:
+                temp = folder / memo.name
                 temp.write_text(json.dumps([_identity(after), digest]))
+                _replace(temp, memo)
     return digest
 
 
@@ -156,6 +146,16 @@ class EmbedCache:
         return file_digest(path, self.dir / "digests")
 
     def get(self, key: str, rows: slice | None = None) -> MediaEmbeds | None:
+        """Looks an entry up: as `read`, and counted as a hit or a miss."""
+        media = self.read(key, rows)
+        if media is None:
+            self.misses += 1
+        else:
+            self.hits += 1
+            self.bytes += media.embeds.nbytes + (0 if media.deepstack is None else media.deepstack.nbytes)
+        return media
+
+    def read(self, key: str, rows: slice | None = None) -> MediaEmbeds | None:
         """Reads an entry, or part of it; None if there is none that can be believed.
 
         Args:
@@ -167,48 +167,52 @@ class EmbedCache:
         """
         path = self._path(key)
         try:
-            with _opened(path) as (tensors, about):
-                media = _media(tensors, about, rows)
+            with opened(path) as (tensors, about):
+                media = read_media(tensors, about, rows)
         except FileNotFoundError:
-            self.misses += 1
             return None
         except BadEntryError as error:
             log.warning("cache entry %s is damaged (%s): it does not count and will be written again", path, error)
-            self.misses += 1
             return None
         # Others may own the entry, or have evicted it since: what was read stands either way.
         with suppress(OSError):
             os.utime(path)
-        self.hits += 1
-        self.bytes += media.embeds.nbytes + (0 if media.deepstack is None else media.deepstack.nbytes)
         return media
 
-    def put(self, key: str, media: MediaEmbeds) -> None:
-        """Writes an entry, whole and synced to disk, or nothing.
+    @contextmanager
+    def writing(self, key: str, size: MediaSize) -> Iterator[EntryFile]:
+        """Yields a file to write to, which others may write to as well. Once it is sealed and the block ends well, it
+        is the entry, synced to disk; otherwise nothing is left.
 
         Raises:
             ValueError: The entry alone is larger than the cache may be.
-            OSError: It cannot be written (disk full, read-only folder, ...); nothing is left behind.
+            OSError: It cannot be written (disk full, read-only folder, ...).
         """
-        tensors = {"embeds": media.embeds, "timestamps_s": media.timestamps_s}
-        if media.deepstack is not None:
-            tensors["deepstack"] = media.deepstack
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        size_bytes = sum(tensor.nbytes for tensor in tensors.values())
-        if self.max_bytes is not None and size_bytes > self.max_bytes:
+        num_bytes = HEADER_BYTES + size.num_bytes
+        if self.max_bytes is not None and num_bytes > self.max_bytes:
             raise ValueError(
-                f"embedding cache {self.dir}: one entry has {size_bytes} bytes, the limit for all is {self.max_bytes}; "
+                f"embedding cache {self.dir}: one entry has {num_bytes} bytes, the limit for all is {self.max_bytes}; "
                 "raise cache.max_gib or sample fewer frames"
             )
         path = self._path(key)
-        try:
+        with self.explained(size):
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._make_room(size_bytes, path)
-            with _temp_beside(path) as temp:
-                save_file(tensors, temp, metadata=_metadata(key, media, tensors))
-        except (OSError, SafetensorError) as error:
+            self._make_room(num_bytes, path)
+            with _folder_beside(path) as folder:
+                entry = EntryFile(folder / path.name, size)
+                entry.path.touch()
+                yield entry
+                if entry.sealed:
+                    _replace(entry.path, path)
+
+    @contextmanager
+    def explained(self, size: MediaSize) -> Iterator[None]:
+        """Says of what cannot be written which entry of which cache it is, and what to do."""
+        try:
+            yield
+        except OSError as error:
             raise OSError(
-                f"cannot write an entry of {size_bytes} bytes to the embedding cache {self.dir}: {error}; "
+                f"cannot write an entry of {size.num_bytes} bytes to the embedding cache {self.dir}: {error}; "
                 "free space there, make it writable, or set cache.dir to another folder"
             ) from error
 
@@ -222,8 +226,8 @@ class EmbedCache:
         bad = []
         for path in self._entries():
             try:
-                with _opened(path) as (tensors, about):
-                    if _checksum(tensors) != about["sha256"]:
+                with opened(path) as (tensors, about):
+                    if checksum(tensors) != about["sha256"]:
                         raise BadEntryError("its tensors do not have the checksum they were written with")
             except FileNotFoundError:  # evicted meanwhile
                 continue
@@ -275,16 +279,19 @@ class EmbedCache:
 
 
 @contextmanager
-def _temp_beside(path: Path) -> Iterator[Path]:
-    """Yields a name to write to; what was written is synced and takes path's place, or on any error is removed."""
+def _folder_beside(path: Path) -> Iterator[Path]:
+    """Yields a folder on the same file system, which goes with all that is in it."""
     with tempfile.TemporaryDirectory(prefix=_TEMP_PREFIX, dir=path.parent, ignore_cleanup_errors=True) as folder:
-        temp = Path(folder, path.name)
-        yield temp
-        # safetensors writes files that only their owner can read; whoever may read the folder may read its entries.
-        temp.chmod(path.parent.stat().st_mode & 0o666)
-        with open(temp, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temp, path)
+        yield Path(folder)
+
+
+def _replace(written: Path, path: Path) -> None:
+    """Lets what was written take path's place, whole."""
+    # whoever may read the folder may read its entries
+    written.chmod(path.parent.stat().st_mode & 0o666)
+    with open(written, "rb") as file:
+        os.fsync(file.fileno())
+    os.replace(written, path)
 
 
 def _stat(path: Path) -> os.stat_result | None:
@@ -292,73 +299,3 @@ def _stat(path: Path) -> os.stat_result | None:
         return path.stat()
     except FileNotFoundError:  # another process evicts too
         return None
-
-
-def _checksum(tensors: dict[str, Tensor]) -> str:
-    total = hashlib.sha256()
-    for _, tensor in sorted(tensors.items()):
-        total.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    return total.hexdigest()
-
-
-def _layout(tensors: dict[str, Tensor]) -> dict[str, list[Any]]:
-    return {name: [str(tensor.dtype), *tensor.shape] for name, tensor in tensors.items()}
-
-
-def _metadata(key: str, media: MediaEmbeds, tensors: dict[str, Tensor]) -> dict[str, str]:
-    about = {
-        "schema": SCHEMA,
-        "key": key,
-        "grid_thw": list(media.grid_thw),
-        "seconds_per_grid": media.seconds_per_grid,
-        "layout": _layout(tensors),
-        "sha256": _checksum(tensors),
-    }
-    text = json.dumps(about, sort_keys=True)
-    return {"entry": text, "entry_sha256": hashlib.sha256(text.encode()).hexdigest()}
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[tuple[dict[str, Tensor], dict[str, Any]]]:
-    """Maps an entry and checks all of its structure, but not the bytes of its tensors (that is `verify`).
-
-    Raises:
-        FileNotFoundError: There is no such entry.
-        BadEntryError: It is truncated, its header was altered, or it is another entry under this name.
-    """
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    except FileNotFoundError:
-        raise
-    except (OSError, SafetensorError) as error:
-        raise BadEntryError(str(error)) from error
-    text = metadata.get("entry", "")
-    if hashlib.sha256(text.encode()).hexdigest() != metadata.get("entry_sha256"):
-        raise BadEntryError("its header was altered, or this program did not write it")
-    about = json.loads(text)
-    if about["schema"] != SCHEMA:
-        raise BadEntryError(f"it has schema {about['schema']}, this version reads {SCHEMA}")
-    if about["key"] != path.stem:
-        raise BadEntryError(f"it is the entry of {about['key']}")
-    if about["layout"] != _layout(tensors):
-        raise BadEntryError(f"it has tensors {_layout(tensors)}, written were {about['layout']}")
-    yield tensors, about
-
-
-def _media(tensors: dict[str, Tensor], about: dict[str, Any], rows: slice | None) -> MediaEmbeds:
-    embeds, deepstack = tensors["embeds"], tensors.get("deepstack")
-    if rows is not None:
-        start, stop, step = rows.indices(len(embeds))
-        if step != 1 or start > stop or rows.stop not in (None, stop):
-            raise AssertionError(f"{rows} of {len(embeds)} embeddings")
-        embeds, deepstack = embeds[rows], None if deepstack is None else deepstack[:, rows]
-    return MediaEmbeds(
-        embeds=embeds,
-        grid_thw=tuple(about["grid_thw"]),
-        seconds_per_grid=about["seconds_per_grid"],
-        timestamps_s=tensors["timestamps_s"],
-        key=about["key"],
-        deepstack=deepstack,
-    )

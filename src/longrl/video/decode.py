@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import av
 import numpy as np
@@ -48,6 +49,35 @@ _THREADED_PIXELS = 640 * 360
 _SCALING = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.BITEXACT
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Selection:
+    """The frames of a file that a clip asks for, told by its packets alone."""
+
+    index: VideoIndex
+    chosen: np.ndarray
+    """int64 [F] into index.times_s, ascending; a frame that serves several asked times is there several times."""
+
+    @property
+    def times_s(self) -> np.ndarray:
+        """float64 [F]"""
+        return self.index.times_s[self.chosen]
+
+    def read(self, chunk_frames: int, part: range | None = None) -> Iterator[Frames]:
+        """Decodes, so many frames a chunk (the last may have fewer).
+
+        Args:
+            chunk_frames: at least 1.
+            part: which of the F frames; None: all. A part is one process's share of a clip that several decode. It is
+                not decoded at all costs: where key frames cannot be relied on, one process does the whole.
+
+        Raises:
+            MediaError: as `read_frames`.
+        """
+        chosen = self.chosen if part is None else self.chosen[part.start : part.stop]
+        _require_pixels(self.index, len(self.chosen), self.index.height, self.index.width)
+        return _read(self.index, chosen, None, lambda _: chunk_frames, quick_only=part is not None)
+
+
 def read_frames(
     clip: Clip, *, size: Callable[[int, int], tuple[int, int]] | None = None, chunk_bytes: int = 64 * 2**20
 ) -> Iterator[Frames]:
@@ -67,25 +97,27 @@ def read_frames(
         MediaError: The file cannot be used, the span lies outside of it, or an asked frame cannot be decoded.
         ValueError: More frames or pixels are asked for than is allowed.
     """
-    index = index_video(clip.path)
-    return _read(index, _choose(clip, index), size, chunk_bytes)
+    selected = select_frames(clip)
+    return _read(selected.index, selected.chosen, size, lambda picture: max(1, chunk_bytes // picture.size))
 
 
-def nearest_times(clip: Clip) -> np.ndarray:
-    """The timestamps_s that `read_frames` would give, without decoding.
-
-    Returns:
-        float64 [F], ascending.
+def select_frames(clip: Clip) -> Selection:
+    """Which frames `read_frames` would give, without decoding.
 
     Raises:
         MediaError, ValueError: As `read_frames`, but for damage that only decoding shows.
     """
     index = index_video(clip.path)
-    return index.times_s[_choose(clip, index)]
+    return Selection(index=index, chosen=_choose(clip, index))
+
+
+def nearest_times(clip: Clip) -> np.ndarray:
+    """The timestamps_s that `read_frames` would give, without decoding: float64 [F]. Raises as `select_frames`."""
+    return select_frames(clip).times_s
 
 
 def count_frames(clip: Clip) -> int:
-    """How many frames `read_frames` would give, without decoding. Raises as `nearest_times`."""
+    """How many frames `read_frames` would give, without decoding. Raises as `select_frames`."""
     return len(nearest_times(clip))
 
 
@@ -111,42 +143,57 @@ def _choose(clip: Clip, index: VideoIndex) -> np.ndarray:
     return nearest(index.times_s, asked)
 
 
+def _require_pixels(index: VideoIndex, num_frames: int, height: int, width: int) -> None:
+    if num_frames * height * width > MAX_CLIP_PIXELS:
+        raise ValueError(
+            f"{index.path}: {num_frames} frames of {width} x {height} are above the limit of {MAX_CLIP_PIXELS} pixels "
+            f"a clip; ask for fewer or smaller frames"
+        )
+
+
 def _read(
-    index: VideoIndex, chosen: np.ndarray, size: Callable[[int, int], tuple[int, int]] | None, chunk_bytes: int
+    index: VideoIndex,
+    chosen: np.ndarray,
+    size: Callable[[int, int], tuple[int, int]] | None,
+    chunk_frames: Callable[[np.ndarray], int],
+    quick_only: bool = False,
 ) -> Iterator[Frames]:
     frames, repeats = np.unique(chosen, return_counts=True)
     pixels, filled, left = np.empty((0, 0, 0, 3), np.uint8), 0, len(chosen)
     painter = None
-    for frame, time_s, repeat in zip(_decode(index, frames), index.times_s[frames], repeats.tolist(), strict=True):
-        painter = painter or _Painter(index.path, frame, size, left)
+    for frame, time_s, repeat in zip(
+        _decode(index, frames, quick_only), index.times_s[frames], repeats.tolist(), strict=True
+    ):
+        painter = painter or _Painter(index, frame, size, left)
         picture = painter.paint(frame)
         for _ in range(repeat):
             if filled == 0:
-                pixels = np.empty((min(left, max(1, chunk_bytes // picture.size)), *picture.shape), np.uint8)
+                pixels = np.empty((min(left, chunk_frames(picture)), *picture.shape), np.uint8)
                 times_s = np.empty(len(pixels))
             pixels[filled], times_s[filled] = picture, time_s
             filled, left = filled + 1, left - 1
             if filled == len(pixels):
                 yield Frames(pixels=pixels, timestamps_s=times_s)
-                filled = 0
+                pixels, filled = pixels[:0].copy(), 0  # not beside the next chunk
 
 
 class _Painter:
     """Turns decoded frames into upright RGB pictures of one size."""
 
     def __init__(
-        self, path: str, first: VideoFrame, size: Callable[[int, int], tuple[int, int]] | None, num_frames: int
+        self,
+        index: VideoIndex,
+        first: VideoFrame,
+        size: Callable[[int, int], tuple[int, int]] | None,
+        num_frames: int,
     ) -> None:
-        self._path = path
-        self._stored = (first.width, first.height)
-        self._turn: Orientation = orientation(first, path)
+        self._path = index.path
+        # as the container says: whoever reads only the end of a file refuses what everybody else does
+        self._stored = (index.width, index.height)
+        self._turn: Orientation = orientation(first, index.path)
         width, height = self._stored[::-1] if self._turn.transpose else self._stored
         height, width = size(height, width) if size else (height, width)
-        if num_frames * height * width > MAX_CLIP_PIXELS:
-            raise ValueError(
-                f"{path}: {num_frames} frames of {width} x {height} are above the limit of {MAX_CLIP_PIXELS} pixels "
-                f"a clip; ask for fewer or smaller frames"
-            )
+        _require_pixels(index, num_frames, height, width)
         self._target = (height, width) if self._turn.transpose else (width, height)
         self._reformatter = VideoReformatter()
 
@@ -162,22 +209,25 @@ class _Painter:
         return self._turn.apply(rgb.to_ndarray())
 
 
-def _decode(index: VideoIndex, frames: np.ndarray) -> Iterator[VideoFrame]:
+def _decode(index: VideoIndex, frames: np.ndarray, quick_only: bool) -> Iterator[VideoFrame]:
     """Yields exactly the frames asked for (int64 [F], ascending, unique).
 
     The quick pass trusts the file's key frames. Where they do not keep their promise (intra refresh, wrong flags) a
-    wanted frame does not come, and the rest is decoded plainly, from the start of the file.
+    wanted frame does not come, and the rest is decoded plainly, from the start of the file, unless `quick_only`.
 
     Raises:
-        MediaError: A frame does not come on the plain way either.
+        MediaError: A frame does not come on the last way either.
     """
+    if not len(frames):
+        return
     wanted = index.order[frames]
     pts = index.pts[wanted].tolist()
     everything = np.ones(wanted.max() + 1, bool)
     exact = np.zeros_like(everything)
     exact[wanted] = True
     done, reason = 0, "the decoder does not give it"
-    for feed, whole in ((_needed(index, wanted), exact), (everything, everything)):
+    ways = ((_needed(index, wanted), exact), (everything, everything))
+    for feed, whole in ways[:1] if quick_only else ways:
         try:
             for frame in _feed(index, feed.tolist(), whole.tolist()):
                 if frame.pts == pts[done]:

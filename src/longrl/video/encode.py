@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Protocol
 
-from longrl.types import Clip, MediaEmbeds, MediaError
+import torch
+
+from longrl.types import Clip, MediaEmbeds, MediaError, MediaSize
 from longrl.video.cache import EmbedCache, cache_key, file_digest
 
 
@@ -17,13 +20,74 @@ class Encoder(Protocol):
         """Stands for all that decides the embeddings besides the clip: preprocessing, encoder weights, dtype."""
         ...
 
-    def encode(self, clip: Clip) -> MediaEmbeds:
-        """Decodes and encodes a clip. The key of the result is left empty.
+    def measure(self, clip: Clip) -> MediaSize:
+        """What `encode` will give of a clip. Nothing is decoded.
 
         Raises:
             MediaError: The file cannot be used.
         """
         ...
+
+    def encode(self, clip: Clip, chunks: range | None = None) -> Iterator[MediaEmbeds]:
+        """Decodes and encodes a clip chunk by chunk; each has the grid and times of its own frames, and no key.
+
+        Args:
+            clip: What to look at.
+            chunks: Which of those that `measure` counts; None: all. What a chunk gives does not depend on it.
+
+        Raises:
+            MediaError: The file cannot be used.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Looked:
+    """A clip, looked up in the cache: little, to be told to others."""
+
+    key: str
+    digest: str
+    """Of the file's bytes."""
+    num_tokens: int
+    size: MediaSize | None
+    """None: the cache has it."""
+
+
+def look_up(clip: Clip, family: Encoder, cache: EmbedCache) -> Looked:
+    """Looks a clip up; one that the cache does not have is measured, but not decoded.
+
+    Raises:
+        MediaError: The file cannot be used.
+    """
+    digest = cache.digest(clip.path)
+    key = cache_key(clip, family.encoder_id, digest)
+    if (hit := cache.get(key)) is not None:
+        return Looked(key=key, digest=digest, num_tokens=len(hit.embeds), size=None)
+    size = family.measure(clip)
+    return Looked(key=key, digest=digest, num_tokens=size.num_tokens, size=size)
+
+
+def encode(clip: Clip, looked: Looked, family: Encoder, cache: EmbedCache) -> None:
+    """Encodes a clip into the cache, a chunk at a time.
+
+    Raises:
+        MediaError: The file cannot be used, or changed while it was being encoded.
+        OSError: The cache cannot be written.
+    """
+    with cache.writing(looked.key, looked.size or family.measure(clip)) as entry:
+        part = entry.write(family.encode(clip))
+        require_unchanged(clip, looked, cache)
+        entry.seal(looked.key, [part])
+
+
+def require_unchanged(clip: Clip, looked: Looked, cache: EmbedCache) -> None:
+    """A file that is still being written would leave an entry that belongs to no content at all.
+
+    Raises:
+        MediaError: It changed since it was looked up.
+    """
+    if cache.digest(clip.path) != looked.digest:
+        raise MediaError(f"{clip.path}: the file changed while it was being encoded; run again when it is complete")
 
 
 def embed(clip: Clip, family: Encoder, cache: EmbedCache | None) -> MediaEmbeds:
@@ -35,17 +99,35 @@ def embed(clip: Clip, family: Encoder, cache: EmbedCache | None) -> MediaEmbeds:
         cache: None: encode always, store nothing.
 
     Raises:
-        MediaError: The file cannot be used, or changed while it was being encoded.
-        OSError: The cache cannot be written.
+        MediaError, OSError: As `encode`.
     """
-    digest = cache.digest(clip.path) if cache else file_digest(clip.path)
-    key = cache_key(clip, family.encoder_id, digest)
-    if cache and (hit := cache.get(key)) is not None:
-        return hit
-    media = replace(family.encode(clip), key=key)
-    if cache:
-        # A file that is still being written would leave an entry that belongs to no content at all.
-        if cache.digest(clip.path) != digest:
-            raise MediaError(f"{clip.path}: the file changed while it was being encoded; run again when it is complete")
-        cache.put(key, media)
+    if cache is None:
+        key = cache_key(clip, family.encoder_id, file_digest(clip.path))
+        return replace(_joined(list(family.encode(clip))), key=key)
+    looked = look_up(clip, family, cache)
+    if looked.size is not None:
+        encode(clip, looked, family, cache)
+    return require(cache, looked)
+
+
+def require(cache: EmbedCache, looked: Looked) -> MediaEmbeds:
+    """Reads what was there a moment ago.
+
+    Raises:
+        OSError: It is gone already.
+    """
+    media = cache.read(looked.key)
+    if media is None:
+        raise OSError(f"embedding cache {cache.dir}: an entry was evicted as soon as it was there; raise cache.max_gib")
     return media
+
+
+def _joined(chunks: list[MediaEmbeds]) -> MediaEmbeds:
+    deepstack = [chunk.deepstack for chunk in chunks if chunk.deepstack is not None]
+    return replace(
+        chunks[0],
+        embeds=torch.cat([chunk.embeds for chunk in chunks]),
+        grid_thw=(sum(chunk.grid_thw[0] for chunk in chunks), *chunks[0].grid_thw[1:]),
+        timestamps_s=torch.cat([chunk.timestamps_s for chunk in chunks]),
+        deepstack=torch.cat(deepstack, 1) if deepstack else None,
+    )

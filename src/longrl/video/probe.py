@@ -89,6 +89,9 @@ class VideoIndex:
     """The first frame's presentation in the file's own clock."""
     duration_s: float
     """To the end of the last frame's presentation."""
+    width: int
+    """Of the stored picture, before rotation."""
+    height: int
     truncated: str | None
     """Why the file ends before its header says so; None: it does not."""
 
@@ -210,6 +213,7 @@ def index_video(path: str) -> VideoIndex:
         stream = video_stream(container, path)
         truncated, last_dts = _cut_off(container, path), -(2**63)
         may_hide = stream.codec_context.name == "vp8"
+        width, height = stream.width, stream.height
         try:
             for packet in packets(container, stream):
                 if packet.pts is None or (packet.dts is not None and packet.dts < last_dts):
@@ -245,6 +249,8 @@ def index_video(path: str) -> VideoIndex:
         times_s=(ticks - ticks[0]) * time_base.numerator / time_base.denominator,
         start_s=float(ticks[0] * time_base),
         duration_s=float((end - ticks[0]) * time_base),
+        width=width,
+        height=height,
         truncated=truncated,
     )
 
