@@ -152,5 +152,5 @@ def test_embeddings_are_named_after_the_weights_that_made_them(clips):
 def test_a_file_that_lost_frames_since_is_noticed(clips):
     family, prompts = make(torch.float32, clips)
     media, short = prompts[0].media[0], replace(clips[0], num_frames=4)
-    with pytest.raises(AssertionError, match="12 embeddings, 30 before"):
+    with pytest.raises(AssertionError, match="2 temporal patches, 5 before"):
         family.encode_backward(replace(media, clip=short), slice(0, 30), torch.zeros(30, 128))
