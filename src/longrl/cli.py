@@ -109,7 +109,7 @@ def check(config: Config) -> None:
 @app.command()
 def generate(
     prompt: Annotated[str, typer.Argument(help="The question.")],
-    model: Annotated[str, typer.Option(help="A Hugging Face folder.")],
+    model: Annotated[str, typer.Option(help="A Hugging Face folder, or one of adapters.")],
     video: Annotated[str | None, typer.Option(help="A video file to ask about.")] = None,
     fps: Fps = None,
     num_frames: NumFrames = None,

@@ -172,8 +172,10 @@ class Trunk(nn.Module):
         for start, end in prompt.media_slots:
             if end > length:
                 raise AssertionError(f"the prefix of {length} tokens ends before its media at {start}:{end}")
-        hidden, media = self._embed(prompt, mine)
-        hidden = hidden[None]
+        media: list[MediaLeaf] = []
+        hidden = self._embed(prompt, mine, media)[None]
+        if self.media_learns and torch.is_grad_enabled() and not hidden.requires_grad:
+            hidden.requires_grad_()  # a rank without media takes part in the exchanges of the others' backward
         rope = self._rope(hidden, prompt.position_ids[:, mine].to(hidden.device))
         keys, values = [], []
         offload = Offload() if self.offload and torch.is_grad_enabled() else None
@@ -240,24 +242,21 @@ class Trunk(nn.Module):
         """This rank's part of `total` tokens, and how attention sees the others'."""
         return (slice(0, total), None) if self.sp is None else (self.sp.span(total), Sharded(self.sp, total, kind))
 
-    def _embed(self, prompt: Prompt, tokens: slice) -> tuple[Tensor, list[MediaLeaf]]:
-        """[T, D] of a prompt's tokens, media in their slots, and where the gradient of media will be, if it is wanted;
-        of media, which may be memory-mapped, no other rows are read."""
-        first, last, leaves = tokens.start, tokens.stop, []
-        learns = self.media_learns and torch.is_grad_enabled()
+    def _embed(self, prompt: Prompt, tokens: slice, leaves: list[MediaLeaf]) -> Tensor:
+        """[T, D] of a prompt's tokens, media in their slots; of media, which may be memory-mapped, no other rows are
+        read. Adds to `leaves` where the gradient of media will be, if it is wanted."""
+        first, last = tokens.start, tokens.stop
         hidden = self.embed(prompt.token_ids[tokens].to(self.device))
         for media, slot in zip(prompt.media, prompt.media_slots, strict=True):
             start, end = max(first, slot[0]), min(last, slot[1])
             if start < end:
                 span = slice(start - slot[0], end - slot[0])
                 rows = media.embeds[span].to(hidden)
-                if learns:
+                if self.media_learns and torch.is_grad_enabled():
                     rows = rows.detach().requires_grad_()
                     leaves.append(MediaLeaf(media=media, span=span, rows=rows))
                 hidden = torch.cat([hidden[: start - first], rows, hidden[end - first :]])
-        if learns and not hidden.requires_grad:
-            hidden.requires_grad_()  # a rank without media takes part in the exchanges of the others' backward
-        return hidden, leaves
+        return hidden
 
     def _rope(self, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """positions [axes, T] -> cos, sin as the family's rotary module makes them."""
