@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 from longrl.check import require_model
 from longrl.checkpoint import FOLDER, Checkpoints, pack_optimizer, unpack_optimizer
@@ -14,7 +15,7 @@ from longrl.data.examples import Skips
 from longrl.data.order import step_examples
 from longrl.data.prompts import PromptBuilder
 from longrl.models import adapters
-from longrl.models.streams import shares
+from longrl.models.streams import cohorts, num_tokens
 from longrl.optim import Optimizer
 from longrl.parallel.gradients import sum_gradients
 from longrl.parallel.ranks import ALONE, Ranks
@@ -25,17 +26,33 @@ from longrl.report.progress import Progress
 from longrl.runtime import start_run
 from longrl.types import Example, Prompt
 
+T = TypeVar("T")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Batch:
-    """What this rank does of a step: whole cohorts. Of one process, all of it."""
+class Share:
+    """What this rank does of a step in one layout of the processes: whole cohorts. Of one process, all of it."""
 
+    ranks: Ranks
+    """The layout."""
     epochs: list[int]
     """Of each example: a step across the end of an epoch can hold one twice."""
     examples: list[Example]
     prompts: list[Prompt]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """A step."""
+
+    shares: list[Share]
+    """One after the other, the same layouts on all ranks; more than one where `parallel.sp` is auto."""
     ids: list[str]
-    """Of the whole step's examples, on all ranks."""
+    """Of all examples, on all ranks."""
+
+    def gather(self, values: Sequence[T]) -> list[T]:
+        """What each share came to: on this rank -> on all, once for the ranks that share prompts."""
+        return [part for share, value in zip(self.shares, values, strict=True) for part in share.ranks.gather(value)]
 
 
 class Training:
@@ -78,19 +95,22 @@ class Training:
         return Progress(title, self.config.steps, shown=self.ranks.is_main)
 
     def draw(self, examples: Sequence[Example], step: int) -> Batch:
-        """This rank's share of a step, its media embedded."""
+        """This rank's shares of a step, its media embedded."""
         config = self.config
         drawn = step_examples(examples, step, config.prompts_per_step, config.data.share_media, config.runtime.seed)
         self.build.prepare([example for _, example in drawn])
         kept, prompts = self.build([example for _, example in drawn])
         self._drawn = {media.key for prompt in prompts for media in prompt.media}
-        mine = shares(prompts, self.ranks.dp_size)[self.ranks.dp_rank]
-        return Batch(
-            epochs=[drawn[kept[i]][0] for i in mine],
-            examples=[drawn[kept[i]][1] for i in mine],
-            prompts=[prompts[i] for i in mine],
-            ids=[drawn[i][1].id for i in kept],
-        )
+        together = cohorts(prompts)
+        tokens = [num_tokens([prompts[i] for i in members]) for members in together]
+        lengths = [max(len(prompts[i]) for i in members) for members in together]
+        shares = []
+        for ranks, mine in self.ranks.deal(tokens, lengths):
+            indices = sorted(i for k in mine for i in together[k])
+            epochs, chosen = zip(*(drawn[kept[i]] for i in indices), strict=True) if indices else ((), ())
+            ours = [prompts[i] for i in indices]
+            shares.append(Share(ranks=ranks, epochs=list(epochs), examples=list(chosen), prompts=ours))
+        return Batch(shares=shares, ids=[drawn[i][1].id for i in kept])
 
     def update(self, step: int, count: int, ids: Sequence[str]) -> tuple[float, float]:
         """Adds up the gradients of all ranks and takes the optimizer step (optim.py): the same on each.
