@@ -4,7 +4,7 @@ BIN := .venv/bin
 INSTALL = $(BIN)/python -m pip install --disable-pip-version-check -c constraints/cpu.txt
 REQUIREMENTS := pyproject.toml constraints/cpu.txt
 
-.PHONY: setup quickstart seeds warm-start test lint docs
+.PHONY: setup quickstart seeds warm-start test lint docs benchmarks
 
 setup: .venv/dev.stamp
 
@@ -29,8 +29,13 @@ lint: .venv/dev.stamp
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
+# docs/benchmarks.md and its figures: 25 minutes on two cores that have nothing else to do.
+benchmarks: .venv/core.stamp
+	$(BIN)/python benchmarks/step.py
+
 docs: .venv/core.stamp
 	$(BIN)/python docs/make_config_page.py
+	$(BIN)/python docs/make_recipes_page.py
 
 .venv/core.stamp: $(REQUIREMENTS)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -69,9 +70,10 @@ def sft(config: Config) -> None:
     """Supervised fine-tuning on demonstrated reasoning."""
     loaded = load_arguments(config, "sft")
     from longrl.parallel.ranks import start_ranks
+    from longrl.plan.plan import degree_rule
     from longrl.train_sft import train_sft
 
-    with start_ranks(loaded.parallel) as ranks:
+    with start_ranks(loaded.parallel, partial(degree_rule, loaded)) as ranks:
         train_sft(loaded, ranks)
 
 
@@ -80,9 +82,10 @@ def rl(config: Config) -> None:
     """Reinforcement learning."""
     loaded = load_arguments(config, "rl")
     from longrl.parallel.ranks import start_ranks
+    from longrl.plan.plan import degree_rule
     from longrl.train_rl import train_rl
 
-    with start_ranks(loaded.parallel) as ranks:
+    with start_ranks(loaded.parallel, partial(degree_rule, loaded)) as ranks:
         train_rl(loaded, ranks)
 
 
@@ -92,18 +95,23 @@ def evaluate(config: Config) -> None:
     loaded = load_arguments(config, "eval")
     from longrl.evals.runner import run_eval
     from longrl.parallel.ranks import start_ranks
+    from longrl.plan.plan import degree_rule
 
-    with start_ranks(loaded.parallel) as ranks:
+    with start_ranks(loaded.parallel, partial(degree_rule, loaded)) as ranks:
         run_eval(loaded, ranks)
 
 
 @app.command()
-def check(config: Config) -> None:
-    """Validate a configuration without running it."""
+def check(
+    config: Config,
+    device: Annotated[str, typer.Option(help="Plan for it: A100-80G, H100, H200, or CPU, this machine's.")] = "CPU",
+    processes: Annotated[int | None, typer.Option(min=1, help="Of the run; as many as share a prompt.")] = None,
+) -> None:
+    """Validate a configuration and plan its memory and time without running it."""
     loaded = load_arguments(config)
     from longrl.check import check_command
 
-    check_command(loaded)
+    check_command(loaded, device, processes)
 
 
 @app.command()
@@ -118,13 +126,33 @@ def generate(
     n: Annotated[int, typer.Option(min=1, help="How many answers.")] = 1,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 512,
     temperature: Annotated[float, typer.Option(min=0, help="0: always the likeliest token.")] = 1.0,
+    top_k: Annotated[int | None, typer.Option(min=1, help="Draw from so many likeliest tokens.")] = None,
+    top_p: Annotated[
+        float, typer.Option(max=1, help="Draw from the likeliest tokens that together have this probability.")
+    ] = 1.0,
     seed: int = 0,
     as_json: AsJson = False,
 ) -> None:
     """Ask a model about a video."""
     from longrl.generate import generate_command
 
-    generate_command(model, video, prompt, fps, num_frames, start, end, n, max_new_tokens, temperature, seed, as_json)
+    if top_p <= 0:
+        raise ValueError(f"--top-p is {top_p:g}, expected more than 0, at most 1")
+    sampling = {"group_size": n, "max_new_tokens": max_new_tokens, "temperature": temperature}
+    sampling |= {"top_k": top_k, "top_p": top_p}
+    generate_command(model, video, prompt, fps, num_frames, start, end, sampling, seed, as_json)
+
+
+@app.command()
+def verify(
+    model: Annotated[str, typer.Option(help="A Hugging Face folder, or tiny:FAMILY.")],
+    sp: Annotated[int, typer.Option(min=1, help="Also split a prompt over so many processes, started here.")] = 1,
+    dtype: Annotated[str, typer.Option(help="fp64, fp32 or bf16.")] = "fp32",
+) -> None:
+    """Check that a model, on this machine, computes what the slow way computes."""
+    from longrl.verify import verify_command
+
+    verify_command(model, sp, dtype)
 
 
 @app.command()
@@ -144,15 +172,25 @@ def bench_step(
     prompt_tokens: Annotated[int, typer.Option(min=2)] = 4096,
     group_size: Annotated[int, typer.Option(min=1, help="Responses.")] = 8,
     response_tokens: Annotated[int, typer.Option(min=1)] = 64,
-    repeats: Annotated[int, typer.Option(min=1, help="Timed runs of each path, after one that is not.")] = 3,
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; all if not given.")] = None,
+    video_tokens: Annotated[int, typer.Option(min=0, help="Of the prompt; synthetic frames are encoded.")] = 0,
+    sp: Annotated[int, typer.Option(min=1, help="Processes, started here.")] = 1,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed runs of each path; fewer of one that takes a minute.")] = 3,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of all processes; all if not given.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """One training step along several paths: the prompt once, or once for every response."""
-    from longrl.bench import Work, bench_step
+    from longrl.bench.work import Work
 
-    work = Work(prompt_tokens=prompt_tokens, group_size=group_size, response_tokens=response_tokens)
-    bench_step(work, repeats, threads, as_json)
+    work = Work(
+        prompt_tokens=prompt_tokens,
+        group_size=group_size,
+        response_tokens=response_tokens,
+        video_tokens=video_tokens,
+        sp=sp,
+    )
+    from longrl.bench.table import bench_step as measure_and_print
+
+    measure_and_print(work, repeats, threads or os.cpu_count() or 1, as_json)
 
 
 @cache_app.command("build")

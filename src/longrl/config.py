@@ -69,8 +69,14 @@ class RolloutConfig(Section):
     """Longest response; what is longer ends there, with finish reason `length`."""
     temperature: Annotated[float, Field(ge=0)] = 1.0
     """0: always the likeliest token."""
+    top_k: Annotated[int, Field(ge=1)] | None = None
+    """Draw from so many likeliest tokens; null: from all. Like top_p not for training, which scores all tokens."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Draw from the likeliest tokens (of top_k) that together have this probability."""
     max_streams: Annotated[int, Field(ge=1)] = 128
-    """Rollouts decoded side by side, rounded to whole groups; more questions about a video take turns."""
+    """Rollouts decoded side by side, rounded to whole groups; more questions take turns."""
+    prompts_in_flight: Annotated[int, Field(ge=1)] = 1
+    """Videos (or prompts without one) whose keys and values are in memory at once, to be decoded side by side."""
 
 
 class AlgoConfig(Section):
@@ -84,6 +90,8 @@ class AlgoConfig(Section):
     """And above 1 + clip_high."""
     normalise: Literal["token", "sequence"] = "token"
     """What the summed loss is divided by: the step's trained tokens, or (each averaged first) its sequences."""
+    updates_per_batch: Annotated[int, Field(ge=1)] = 1
+    """Optimizer steps on the same rollouts, each over all of them; from the second on ratios are clipped."""
     kl: Literal["off", "k3"] = "off"
     """A penalty for leaving the reference (the initial model), weighted by kl_coef."""
     kl_coef: Annotated[float, Field(ge=0)] = 1e-2
@@ -97,6 +105,9 @@ class EvalConfig(Section):
     samples: Annotated[int, Field(ge=1)] = 4
     """Answers sampled for each question."""
     temperature: Annotated[float, Field(ge=0)] = 1.0
+    top_k: Annotated[int, Field(ge=1)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """This and top_k: as in `rollout`."""
 
 
 class CheckpointConfig(Section):
@@ -116,15 +127,32 @@ class RuntimeConfig(Section):
 class ParallelConfig(Section):
     """How the processes of a run that torchrun starts share its work. One process needs none of it."""
 
-    sp: Annotated[int, Field(ge=1)] = 1
-    """Processes that share each prompt, its tokens, keys and values; groups of so many take different prompts."""
+    sp: Annotated[int, Field(ge=1)] | Literal["auto"] = 1
+    """Processes that share each prompt, its tokens, keys and values; groups of so many take different prompts. auto:
+    chosen for each prompt by its length, with the ring."""
+    ring: Annotated[int, Field(ge=1)] = 1
+    """Parts that the keys and values of a prompt are split into, beside the split of heads over sp / ring processes."""
     shard: bool = False
     """Keep 1/sp of the weights, gradients and optimizer state on each process that shares a prompt (FSDP2)."""
     timeout_s: Annotated[float, Field(gt=0)] = 1800.0
     """How long a process waits for the others before it gives the run up."""
 
     @model_validator(mode="after")
+    def _whole_rings(self) -> ParallelConfig:
+        if self.sp == "auto":
+            if self.ring > 1:
+                raise ValueError(f"ring is {self.ring}, but sp is auto, which chooses the ring too; leave ring out")
+        elif self.sp % self.ring:
+            raise ValueError(
+                f"ring is {self.ring}, but sp is {self.sp}, expected a multiple of it: {self.sp} = "
+                f"{self.sp // self.ring} x {self.ring} + {self.sp % self.ring}; choose another sp or ring"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _something_to_shard_over(self) -> ParallelConfig:
+        if self.shard and self.sp == "auto":
+            raise ValueError("shard is true, but sp is auto: weights are divided among a fixed number of processes")
         if self.shard and self.sp == 1:
             raise ValueError("shard is true, but sp is 1: weights are divided among sp processes; set sp to 2 or more")
         return self
@@ -175,7 +203,7 @@ class AnswerConfig(Section):
     """What a run that samples responses has."""
 
     rollout: RolloutConfig = RolloutConfig()
-    """Sampling. Evaluation takes the number of answers and the temperature from `eval`."""
+    """Sampling. Evaluation takes the number of answers, temperature, top_k and top_p from `eval`."""
     rewards: dict[str, float] = Field(default={"format": 0.1, "answer": 0.9})
     """Reward name -> weight. A name in the registry or `package.module:attr`."""
     eval: EvalConfig = EvalConfig()
@@ -187,6 +215,12 @@ class AnswerConfig(Section):
             raise ValueError(f"group_size is {rollout.group_size}, expected 2 or more rollouts to compare")
         if rollout.temperature == 0:
             raise ValueError("temperature is 0, so all rollouts of a group would be the same; use 1.0")
+        for name, value, off in (("top_k", rollout.top_k, None), ("top_p", rollout.top_p, 1.0)):
+            if value != off:
+                raise ValueError(
+                    f"{name} is {value}, but training must draw from the distribution of all tokens, as it scores "
+                    f"under that; remove it, or set eval.{name} for evaluation"
+                )
         return rollout
 
 
@@ -234,7 +268,7 @@ class RlConfig(AnswerConfig, TrainConfig):
     """Evaluate `data.eval` every so many steps and after the last; 0: never."""
 
     @model_validator(mode="after")
-    def _reference_sees(self) -> RlConfig:
+    def _embeddings_fit(self) -> RlConfig:
         if self.algo.offload_reference and (self.algo.kl == "off" or self.model.lora):
             why = "algo.kl is off" if self.algo.kl == "off" else "with model.lora it is the policy without its adapters"
             raise ValueError(f"algo.offload_reference is true, but there is no second model: {why}; set it to false")
@@ -242,6 +276,11 @@ class RlConfig(AnswerConfig, TrainConfig):
             raise ValueError(
                 f"algo.kl is {self.algo.kl}, but model.train is {list(self.model.train)}: the reference would need "
                 "embeddings of its own; set algo.kl to off, or train the language model alone"
+            )
+        if self.model.trains_encoder and self.algo.updates_per_batch > 1:
+            raise ValueError(
+                f"algo.updates_per_batch is {self.algo.updates_per_batch}, model.train {list(self.model.train)}: "
+                "but videos are embedded once a step; set it to 1, or train the language model alone"
             )
         return self
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import typer
 
@@ -25,20 +26,22 @@ def generate_command(
     num_frames: int | None,
     start: str | None,
     end: str | None,
-    n: int,
-    max_new_tokens: int,
-    temperature: float,
+    sampling: dict[str, Any],
     seed: int,
     as_json: bool,
 ) -> None:
-    """Prints n sampled responses; with as_json one object with text, thought and answer of each."""
+    """Prints sampled responses; with as_json one object with text, thought and answer of each.
+
+    Args:
+        sampling: fields of RolloutConfig; group_size is the number of responses.
+    """
     import torch
 
     if not prompt.strip():
         raise ValueError("the prompt is empty; write the question")
     if video is None and (fps, num_frames, start, end) != (None,) * 4:
         raise ValueError("--fps, --num-frames, --start and --end say how to look at a video; give --video too")
-    config = RolloutConfig(group_size=n, max_new_tokens=max_new_tokens, temperature=temperature)
+    config = RolloutConfig(**sampling)
     clips = () if video is None else (_clip(video, fps, num_frames, start, end),)
     for clip in clips:
         count_frames(clip)  # a video that cannot be used is known before a large model is read

@@ -69,7 +69,9 @@ def test_a_run_under_torchrun_is_that_of_one_process_and_goes_on_in_one(dataset,
 
 
 def test_a_rank_that_fails_ends_the_run_and_only_its_own_line_says_why(dataset, tmp_path, root):
-    config = run_config(dataset, tmp_path, "run", algo={"loss": "tests.distributed.losses:broken_on_rank_1"})
+    loss = "tests.distributed.losses:broken_on_rank_1"
+    # short prompts: each process takes its own, as with sp: 1
+    config = run_config(dataset, tmp_path, "run", algo={"loss": loss}, parallel={"sp": "auto"})
     save_config(config, tmp_path / "run.yaml")
     done = torchrun(root, "rl", tmp_path / "run.yaml")
     assert done.returncode == 1  # torchrun's own; it prints the rank's
@@ -78,6 +80,17 @@ def test_a_rank_that_fails_ends_the_run_and_only_its_own_line_says_why(dataset, 
     cause = done.stderr.partition("Root Cause")[2]
     assert "rank      : 1 " in cause
     assert "exitcode  : 2 " in cause
+
+
+def test_a_rank_that_dies_ends_the_run_long_before_the_timeout(dataset, tmp_path, root):
+    """As by the system, when memory runs out: it says nothing; torchrun names it."""
+    config = run_config(dataset, tmp_path, "run", algo={"loss": "tests.distributed.losses:killed_on_rank_1"})
+    save_config(config, tmp_path / "run.yaml")
+    done = torchrun(root, "rl", tmp_path / "run.yaml")  # in two minutes at most, of parallel.timeout_s's thirty
+    assert done.returncode == 1
+    cause = done.stderr.partition("Root Cause")[2]
+    assert "rank      : 1 " in cause
+    assert "exitcode  : -9 " in cause
 
 
 @pytest.mark.parametrize(("size", "sp", "why"), [(1, 2, "1 = 0 x 2 + 1"), (6, 4, "6 = 1 x 4 + 2")])

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+import re
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
 from longrl.types import Example, Rollout
+
+pool = ThreadPoolExecutor(4)
 
 calls = {"until_interrupt": -1}
 
@@ -21,3 +28,16 @@ def interrupted(example: Example, rollout: Rollout) -> float:
 
 def sometimes_unknown(example: Example, rollout: Rollout) -> float | None:
     return None if rollout.token_ids[0] % 3 == 0 else first_token_even(example, rollout)
+
+
+def late_for_some(example: Example, rollout: Rollout) -> float | Future[float]:
+    """As first_token_even; of every other video as a Future, and not in the order of asking."""
+    value = first_token_even(example, rollout)
+    if int(re.findall(r"\d+", Path(example.clips[0].path).stem)[-1]) % 2:
+        return value
+
+    def think() -> float:
+        time.sleep(0.002 * (rollout.token_ids[0] % 5))
+        return value
+
+    return pool.submit(think)

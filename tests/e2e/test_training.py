@@ -59,7 +59,10 @@ def test_rl_raises_the_reward(dataset, tmp_path):
     assert lines[-1]["cache/hit_rate"] > lines[0]["cache/hit_rate"] - 1e-9
 
 
-@pytest.mark.parametrize("algo", [{}, {"kl": "k3", "kl_coef": 0.1}, {"normalise": "sequence", "advantage": "rloo"}])
+@pytest.mark.parametrize(
+    "algo",
+    [{}, {"kl": "k3", "kl_coef": 0.1}, {"normalise": "sequence", "advantage": "rloo"}, {"updates_per_batch": 2}],
+)
 def test_resume_is_bit_identical(dataset, tmp_path, algo):
     """Ctrl-C in the middle of step 4 of 5, checkpoints every 2 steps."""
     common = {"steps": 5, "checkpoint": {"every_steps": 2}, "algo": algo, "rewards": INTERRUPTED}
@@ -115,6 +118,25 @@ def test_unscored_rollouts_are_not_trained(dataset, tmp_path):
     train_rl(rl_config(dataset, tmp_path, rewards={"tests.e2e.rewards:sometimes_unknown": 1.0}))
     lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
     assert all(0 < line["reward/unscored"] < 1 for line in lines)
+
+
+def test_later_updates_of_a_batch_are_clipped_and_the_optimizer_counts_them(dataset, tmp_path):
+    """With 1e9 for bounds nothing is. Means that are logged are over all updates, of which the first has ratio 1."""
+    ends = []
+    for run, bounds in (("run", {}), ("unclipped", {"clip_low": 1e9, "clip_high": 1e9})):
+        algo = {"updates_per_batch": 3, "loss": "clip", **bounds}
+        config = rl_config(dataset, tmp_path, rewards=EVEN, steps=2, algo=algo, run_dir=str(tmp_path / run))
+        folder = train_rl(config)
+        ends.append(weights(folder))
+        line = read_metrics(tmp_path / run / "metrics.jsonl")[0]
+        clipped = line["clip/low"] + line["clip/high"]
+        assert 0 < clipped < 2 / 3 if run == "run" else clipped == 0
+        assert line["approx_kl"] > 1e-3
+        assert abs(line["ratio"] - 1) > 1e-6
+        assert line["sampling/logprob_diff"] < 1e-5  # compared under the weights that sampled, only
+        trainer = load_file(folder / "../trainer.safetensors")
+        assert {int(value) for name, value in trainer.items() if name.endswith("step")} == {6}
+    assert not same_bits(*ends)
 
 
 def test_group_without_signal_costs_no_update(dataset, tmp_path):

@@ -89,7 +89,11 @@ def test_decode_equals_plain(lengths, heads, kv_heads, far, dtype):
     hidden = padding[:, None, :, None]
     junk = [x.masked_fill(hidden, 1e4) for x in (q, k, v)]
     for new in sorted({longest, 2, 1} - {n for n in (2,) if longest < 2}):
-        out = attend_decode(junk[0][:, :, -new:], *junk[1:], padding, tuple(prefix), 0.3)
+        later = torch.arange(longest) > torch.arange(longest - new, longest)[:, None]
+        unseen = padding[:, None] | later
+        out = attend_decode(
+            junk[0][:, :, -new:], *junk[1:], unseen if unseen.any() else None, [tuple(prefix)], [len(lengths)], 0.3
+        )
         assert out.shape == (len(lengths), heads, new, 8)
         for n, length in enumerate(lengths):
             alone = attend_plain(*(x[n : n + 1, :, longest - length :] for x in (q, k, v)), tuple(prefix), 0.3)
@@ -97,12 +101,26 @@ def test_decode_equals_plain(lengths, heads, kv_heads, far, dtype):
             assert (out[n, :, new - seen :] - alone[0, :, length - seen :]).abs().max() < allowed
 
 
+@pytest.mark.parametrize("new", [1, 3])
+def test_decode_over_several_prefixes_equals_each_alone(new):
+    """Streams of prefixes of 1, 9 and 70 tokens, one of which nobody follows any more."""
+    q, k, v = (x.detach() for x in inputs(7, 4, 2, 5, 1, torch.float64)[:3])
+    prefixes = [tuple(x.detach() for x in inputs(1, 4, 2, 1, far, torch.float64)[3:]) for far in (1, 9, 70)]
+    hidden = torch.arange(5) > torch.arange(5 - new, 5)[:, None]
+    hidden = hidden | (torch.arange(5) < torch.tensor([0, 1, 2, 0, 0, 1, 0])[:, None])[:, None]
+    sizes = [3, 0, 4]
+    out = attend_decode(q[:, :, -new:], k, v, hidden, prefixes, sizes, 0.3)
+    rows = slice(0, 3), slice(3, 7)
+    for part, prefix in zip(rows, (prefixes[0], prefixes[2]), strict=True):
+        alone = attend_decode(q[part, :, -new:], k[part], v[part], hidden[part], [prefix], [len(q[part])], 0.3)
+        assert (out[part] - alone).abs().max() < 1e-14
+
+
 def test_engine_and_trainer_agree_where_attention_is_sharp():
     """Over 1,900 tokens, in fp32: without fp64 inside, they differ by 6e-6."""
     q, k, v, *prefix = (x.detach() for x in inputs(4, 4, 2, 1, 1900, torch.float32))
     q *= 8
-    padding = torch.zeros(4, 1, dtype=torch.bool)
-    decoded = attend_decode(q, widen(k), widen(v), padding, (widen(prefix[0]), widen(prefix[1])), 0.3)
+    decoded = attend_decode(q, widen(k), widen(v), None, [(widen(prefix[0]), widen(prefix[1]))], [4], 0.3)
     assert (decoded - attend(q, k, v, (prefix[0], prefix[1]), 0.3)).abs().max() < 5e-7
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 
@@ -12,15 +14,16 @@ from longrl.policy import Policy
 from longrl.types import Clip, Example, MediaEmbeds, Message, Prompt
 
 
-def make_prompts(family: Qwen25VL, frames: int, questions: list[str]) -> list[Prompt]:
-    generator = torch.Generator().manual_seed(7)
+def make_prompts(family: Qwen25VL, frames: int, questions: list[str], seed: int = 7) -> list[Prompt]:
+    """Of one cohort; another seed is another video."""
+    generator = torch.Generator().manual_seed(seed)
     dtype = family.model.dtype
     media = MediaEmbeds(
         embeds=torch.randn(frames, 128, generator=generator).to(dtype) * 0.3,
         grid_thw=(frames, 2, 2),
         seconds_per_grid=2.0,
         timestamps_s=torch.arange(2 * frames, dtype=torch.float64),
-        key="video",
+        key=f"video {seed}",
     )
     clip = Clip(path="video.mp4", fps=1.0)
     return [
@@ -41,22 +44,27 @@ def plain(
     family: Qwen25VL, prompts: list[Prompt], responses: list[list[int]], weights: torch.Tensor
 ) -> list[torch.Tensor]:
     """The slow twin: stock transformers on every [prompt, response]; backward of the weighted sum of log-probs."""
-    model = family.model
-    model.set_attn_implementation({"text_config": "sdpa", "vision_config": "sdpa"})
     result = []
     for prompt, response, weight in zip(prompts, responses, weights, strict=True):
-        ids = torch.cat([prompt.token_ids, torch.tensor(response)])
-        embeds = model.model.language_model.embed_tokens(ids)
-        start, end = prompt.media_slots[0]
-        embeds = torch.cat([embeds[:start], prompt.media[0].embeds, embeds[end:]])[None]
-        tail = prompt.next_position + torch.arange(len(response))
-        positions = torch.cat([prompt.position_ids, tail.expand(3, -1)], 1)
-        hidden = model.model.language_model(inputs_embeds=embeds, position_ids=positions[:, None]).last_hidden_state[0]
-        logits = model.lm_head(hidden[len(prompt) - 1 : -1])
-        logp = torch.log_softmax(logits, -1).gather(-1, torch.tensor(response)[:, None])[:, 0]
+        logp = sequence_logprobs(family, prompt, response)
         (weight * logp.sum()).backward()
         result.append(logp.detach())
     return result
+
+
+def sequence_logprobs(family: Qwen25VL, prompt: Prompt, response: Sequence[int], temperature: float = 1.0):
+    """[R] of one response, by stock transformers with its own SDPA attention on [prompt, response]."""
+    model = family.model
+    model.set_attn_implementation({"text_config": "sdpa", "vision_config": "sdpa"})
+    ids = torch.cat([prompt.token_ids, torch.tensor(response)])
+    embeds = model.model.language_model.embed_tokens(ids)
+    start, end = prompt.media_slots[0]
+    embeds = torch.cat([embeds[:start], prompt.media[0].embeds, embeds[end:]])[None]
+    tail = prompt.next_position + torch.arange(len(response))
+    positions = torch.cat([prompt.position_ids, tail.expand(3, -1)], 1)
+    hidden = model.model.language_model(inputs_embeds=embeds, position_ids=positions[:, None]).last_hidden_state[0]
+    logits = model.lm_head(hidden[len(prompt) - 1 : -1]) / temperature
+    return torch.log_softmax(logits, -1).gather(-1, torch.tensor(response)[:, None])[:, 0]
 
 
 def largest_difference(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> float:

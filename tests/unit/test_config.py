@@ -163,6 +163,16 @@ def test_unknown_key_names_the_nearest_and_the_line(line, words, base, tmp_path)
         ("video.num_frames=8", "video: set exactly one of fps and num_frames; write `fps: null` to use num_frames"),
         ("optim.warmup_steps=10", "optim: warmup_steps is 10, expected fewer than the 10 steps of the run"),
         ("rollout.group_size=1", "rollout: group_size is 1, expected 2 or more rollouts to compare"),
+        (
+            "rollout.top_k=50",
+            "rollout: top_k is 50, but training must draw from the distribution of all tokens, as it scores under "
+            "that; remove it, or set eval.top_k for evaluation",
+        ),
+        (
+            "rollout.top_p=0.9",
+            "rollout: top_p is 0.9, but training must draw from the distribution of all tokens, as it scores under "
+            "that; remove it, or set eval.top_p for evaluation",
+        ),
         ("rollout.temperature=0", "rollout: temperature is 0, so all rollouts of a group would be the same; use 1.0"),
         ("optim.lrr=1", "unknown key 'optim.lrr'; did you mean 'optim.lr'?"),
         (
@@ -174,6 +184,14 @@ def test_unknown_key_names_the_nearest_and_the_line(line, words, base, tmp_path)
 )
 def test_bad_override(override, words, base):
     assert message([base], override) == f"override {override!r}: {words}"
+
+
+def test_an_encoder_that_learns_takes_one_update_a_batch():
+    """Its embeddings are made once a step."""
+    settings = {"run_dir": "r", "steps": 1, "model": {"path": "m", "train": ["projector"]}}
+    with pytest.raises(ValueError, match=r"algo\.updates_per_batch is 2.*set it to 1"):
+        RlConfig.model_validate({**settings, "algo": {"updates_per_batch": 2}})
+    assert RlConfig.model_validate(settings).algo.updates_per_batch == 1
 
 
 @pytest.mark.parametrize("override", ["steps", "=3", "optim..lr=1", ".=1"])

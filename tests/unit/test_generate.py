@@ -64,6 +64,20 @@ def test_a_seed_decides_and_temperature_zero_ignores_it(generate):
     assert texts("--temperature", 0, "--n", 3) == 3 * texts("--temperature", 0)
 
 
+def test_top_k_and_top_p_narrow_the_draw(generate):
+    """From one token it is the likeliest, whatever the seed; from all the seed decides."""
+
+    def texts(*options: object) -> str:
+        return generate("--max-new-tokens", 12, *options)[1]
+
+    likeliest = texts("--temperature", 0)
+    assert texts("--top-k", 1) == texts("--top-p", 1e-6, "--seed", 7) == likeliest
+    assert texts("--top-k", 4000, "--top-p", 1) == texts() != likeliest
+    status, out, err = generate("--top-p", 0)
+    assert (status, out) == (2, "")
+    assert "--top-p is 0, expected more than 0" in err
+
+
 def test_the_span_and_sampling_decide_what_is_seen(generate):
     """One token for every two frames of 28 x 28 pixels."""
 

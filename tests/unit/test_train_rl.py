@@ -12,8 +12,9 @@ from longrl.config import RlConfig, RolloutConfig
 from longrl.models.qwen_vl import Qwen25VL
 from longrl.policy import Policy
 from longrl.rollout.native import NativeEngine
-from longrl.train_rl import Totals, update
+from longrl.totals import Totals
 from longrl.types import Example, Group, Prefix, Rollout, Scored
+from longrl.update import update
 from tests.parity.test_shared_prefix import make_prompts
 
 

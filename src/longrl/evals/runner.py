@@ -18,11 +18,10 @@ from longrl.data.order import by_media
 from longrl.data.prompts import Change, PromptBuilder
 from longrl.files import write_whole
 from longrl.models.streams import num_tokens
-from longrl.parallel.layout import balanced
 from longrl.parallel.ranks import ALONE, Ranks
 from longrl.policy import Policy, load_policy
 from longrl.rewards.answer import answer_reward
-from longrl.rewards.compose import build_rewards
+from longrl.rewards.compose import Begun, build_rewards
 from longrl.rollout.native import NativeEngine
 from longrl.runtime import seed_for, start_run
 from longrl.types import Example, Group, Scored
@@ -123,40 +122,58 @@ def evaluate(
         forced: a control: the text that every response is made to begin with.
     """
     build = PromptBuilder(policy.family, config.cache, skips, ranks, skips.data.max_prompt_tokens)
+    asked = config.eval
     sampling = config.rollout.model_copy(
-        update={"group_size": config.eval.samples, "temperature": config.eval.temperature}
+        update={
+            "group_size": asked.samples,
+            "temperature": asked.temperature,
+            "top_k": asked.top_k,
+            "top_p": asked.top_p,
+        }
     )
     engine, score = NativeEngine(policy, sampling), build_rewards(config.rewards)
     forced_ids = policy.family.tokenizer.encode(forced, add_special_tokens=False)
-    found: dict[str, list[Scored]] = {}
+    begun: list[Begun] = []
+    """On the rank that judges."""
 
-    def judge(groups: Sequence[Group]) -> dict[str, list[Scored]]:
-        said = {g.id: tuple(replace(one, text=forced + one.text) for one in g.rollouts) for g in groups}
-        return {g.id: score(replace(g, rollouts=said[g.id])) for g in groups}
+    def judge(groups: Sequence[Group]) -> None:
+        for group in groups:
+            said = tuple(replace(one, text=forced + one.text) for one in group.rollouts)
+            begun.append(score.begin(replace(group, rollouts=said)))
 
     build.prepare(examples)
-    for members in _share(examples, build, change):
-        kept, prompts = build([examples[i] for i in members], change)
-        batch = [examples[members[k]] for k in kept]
-        prompts = [prompt.followed_by(forced_ids) for prompt in prompts]
-        seeds = [seed_for(config.runtime.seed, "eval", example.id) for example in batch]
-        with torch.no_grad():
-            for groups, prefix in engine.rollout(batch, prompts, seeds):
-                prefix.release()
-                found |= ranks.once(judge, groups)
-    found = {name: scored for part in ranks.gather(found) for name, scored in part.items()}
+    together, most = by_media(examples), config.rollout.prompts_in_flight
+    for layout, mine in _deal(examples, together, build, change):
+        policy.share_with(layout.sp)
+        for some in (mine[start : start + most] for start in range(0, len(mine), most)):
+            members = [i for k in some for i in together[k]]
+            kept, prompts = build([examples[i] for i in members], change)
+            batch = [examples[members[k]] for k in kept]
+            prompts = [prompt.followed_by(forced_ids) for prompt in prompts]
+            seeds = [seed_for(config.runtime.seed, "eval", example.id) for example in batch]
+            with torch.no_grad():
+                for groups, prefix in engine.rollout(batch, prompts, seeds):
+                    prefix.release()
+                    layout.once(judge, groups)
+    found = {one.group.id: one.result() for one in begun}
+    found = {name: scored for part in ranks.gather_all(found) for name, scored in part.items()}
     return _result(stage, examples, found, config.eval.samples, skips)
 
 
-def _share(examples: Sequence[Example], build: PromptBuilder, change: Change | None) -> list[list[int]]:
-    """The questions of this rank, those about the same media together."""
-    together, ranks = by_media(examples), build.ranks
+def _deal(
+    examples: Sequence[Example], together: Sequence[Sequence[int]], build: PromptBuilder, change: Change | None
+) -> list[tuple[Ranks, list[int]]]:
+    """As Ranks.deal, of the questions about the same media."""
+    ranks = build.ranks
     if ranks.dp_size == 1:
-        return together
+        return [(ranks, list(range(len(together))))]
+    tokens, lengths = [], []
     # all prompts are built, one video's at a time, to know their lengths; and so all ranks skip what any of them must
-    prompts = (build([examples[i] for i in members], change)[1] for members in together)
-    dealt = balanced([num_tokens(some) if some else 0 for some in prompts], ranks.dp_size)
-    return [together[k] for k in dealt[ranks.dp_rank]]
+    for members in together:
+        _, prompts = build([examples[i] for i in members], change)
+        tokens.append(num_tokens(prompts) if prompts else 0)
+        lengths.append(max(map(len, prompts), default=1))
+    return ranks.deal(tokens, lengths)
 
 
 def _result(

@@ -14,6 +14,8 @@ Reference: FlashAttention-2 (arXiv 2307.08691), section 3.1 for the backward fro
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -58,43 +60,84 @@ def attend_plain(q: Tensor, k: Tensor, v: Tensor, prefix: tuple[Tensor, Tensor] 
 
 
 def attend_decode(
-    q: Tensor, k: Tensor, v: Tensor, padding: Tensor, prefix: tuple[Tensor, Tensor], scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    hidden: Tensor | None,
+    prefixes: Sequence[tuple[Tensor, Tensor]],
+    sizes: Sequence[int],
+    scale: float,
 ) -> Tensor:
-    """Attention of the newest tokens of N streams, without gradients; the prefix costs one product per KV head.
+    """Attention of the newest tokens of N streams, without gradients; no prefix is copied for each of its streams.
 
     It is computed in the type of the keys: whoever decodes has them widened, once.
 
     Args:
         q: [N, H, new, d], the last `new` of each stream's T own tokens.
         k, v: [N, KV, T, d] all of the streams' own keys and values.
-        padding: bool [N, T], True where a stream has no token.
-        prefix: keys and values [KV, P, d].
+        hidden: bool [N, new, T], True where a token does not see a key; None: it sees all.
+        prefixes: keys and values [KV, P, d] of one or several.
+        sizes: how many streams, one after the other, follow each of them; perhaps none.
 
     Returns:
         [N, H, new, d].
     """
-    (far_k, far_v), (streams, _, new, dim) = prefix, q.shape
-    kv_heads, total, far_total = k.shape[1], k.shape[2], far_k.shape[1]
-    dtype, q = q.dtype, (q.to(k.dtype) * scale).unflatten(1, (kv_heads, -1))  # [N, KV, rep, new, d]
-    far = torch.bmm(q.transpose(0, 1).reshape(kv_heads, -1, dim), far_k.transpose(1, 2))
-    far = far.view(kv_heads, streams, -1, far_total).transpose(0, 1)  # [N, KV, rep * new, P]
-    near = (q.flatten(2, 3) @ k.transpose(2, 3)).unflatten(2, (-1, new))  # [N, KV, rep, new, T]
-    hidden = padding[:, None] | torch.ones(new, total, dtype=torch.bool, device=q.device).triu(total - new + 1)
-    near = near.masked_fill(hidden[:, None, None], float("-inf")).flatten(2, 3)
-    far, near = torch.cat([far, near], -1).softmax(-1).split([far_total, total], -1)
-    out = torch.bmm(far.transpose(0, 1).reshape(kv_heads, -1, far_total), far_v)
-    out = out.view(kv_heads, streams, -1, dim).transpose(0, 1) + near @ v
-    return out.unflatten(2, (-1, new)).flatten(1, 2).to(dtype)
+    return decode_parts(q, k, v, hidden, prefixes, sizes, scale)[0].to(q.dtype)
 
 
-def _fold(x: Tensor, kv_heads: int) -> Tensor:
+def decode_parts(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    hidden: Tensor | None,
+    prefixes: Sequence[tuple[Tensor, Tensor]],
+    sizes: Sequence[int],
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same, in the type of the keys, fp32 at least; and the log-sum-exps [N, H, new] of the two segments: the
+    prefix, and a stream's own."""
+    kv_heads, wide = k.shape[1], q.to(k.dtype)
+    parts = [
+        [unfold(x, part) for x in flash(fold(part, kv_heads), far_k[None], far_v[None], False, scale)]
+        for part, (far_k, far_v) in zip(wide.split(list(sizes)), prefixes, strict=True)
+        if len(part)
+    ]
+    far, far_lse = parts[0] if len(parts) == 1 else (torch.cat(x) for x in zip(*parts, strict=True))
+    near, near_lse = _attend_own(wide, k, v, hidden, scale)
+    weight = (near_lse - far_lse).sigmoid_()[..., None]  # exp near_lse / (exp near_lse + exp far_lse)
+    return torch.lerp(far.to(weight.dtype), near.to(weight.dtype), weight), far_lse, near_lse
+
+
+def _attend_own(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    """The streams' own part of attend_decode: out [N, H, new, d], log-sum-exp [N, H, new]; of a token that sees no key
+    0 and -inf."""
+    kv_heads, new = k.shape[1], q.shape[2]
+    q = q.unflatten(1, (kv_heads, -1)).flatten(2, 3)  # the query heads of one KV head: [N, KV, rep * new, d]
+    if hidden is None:
+        out, lse = flash(q, k, v, False, scale)
+    else:
+        logits = (q @ k.transpose(2, 3) * scale).unflatten(2, (-1, new)).masked_fill(hidden[:, None, None], -torch.inf)
+        logits = logits.flatten(2, 3).to(torch.promote_types(q.dtype, torch.float32))
+        lse = logits.logsumexp(-1)
+        weights = (logits - lse[..., None].clamp_min(torch.finfo(lse.dtype).min)).exp_()
+        out = weights.to(v.dtype) @ v
+    return out.unflatten(2, (-1, new)).flatten(1, 2), lse.unflatten(2, (-1, new)).flatten(1, 2)
+
+
+def merge(out: Tensor, lse: Tensor, more: Tensor, more_lse: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention to two segments of keys as if to both at once: out [..., d], lse [...], in the type of lse."""
+    both = torch.logaddexp(lse, more_lse)
+    return out * (lse - both).exp()[..., None] + more * (more_lse - both).exp()[..., None], both
+
+
+def fold(x: Tensor, kv_heads: int) -> Tensor:
     """[N, H, R, ...] -> [1, KV, H/KV * N * R, ...]: everything that attends to one KV head as one long query."""
     x = x.unflatten(1, (kv_heads, -1)).movedim(0, 2)  # [KV, rep, N, R, ...]
     return x.flatten(1, 3)[None].contiguous()
 
 
-def _unfold(x: Tensor, like: Tensor) -> Tensor:
-    """The inverse of _fold; `like` is [N, H, R, d], x may lack the last dimension."""
+def unfold(x: Tensor, like: Tensor) -> Tensor:
+    """The inverse of fold; `like` is [N, H, R, d], x may lack the last dimension."""
     streams, heads, length, _ = like.shape
     kv_heads = x.shape[1]
     return x[0].unflatten(1, (heads // kv_heads, streams, length)).movedim(2, 0).flatten(1, 2)
@@ -108,11 +151,10 @@ class _Attend(torch.autograd.Function):
             out, lse = flash(q, k, v, True, scale)
         else:
             near, near_lse = flash(*(widen(x) for x in (q, k, v)), True, scale)
-            wide = (widen(x) for x in (_fold(q, kv_heads), prefix_k[None], prefix_v[None]))
-            far, far_lse = (_unfold(x, q) for x in flash(*wide, False, scale))
+            wide = (widen(x) for x in (fold(q, kv_heads), prefix_k[None], prefix_v[None]))
+            far, far_lse = (unfold(x, q) for x in flash(*wide, False, scale))
             # lse is fp32 at least: merged in that, then cast, or bf16 would lose twice
-            lse = torch.logaddexp(near_lse, far_lse)
-            out = near * (near_lse - lse).exp()[..., None] + far * (far_lse - lse).exp()[..., None]
+            out, lse = merge(near, near_lse, far, far_lse)
             out, lse = out.to(q.dtype), lse.to(torch.promote_types(q.dtype, torch.float32))
         ctx.save_for_backward(q, k, v, prefix_k, prefix_v, out, lse)
         ctx.scale = scale
@@ -125,7 +167,7 @@ class _Attend(torch.autograd.Function):
         gq, gk, gv = flash_backward(grad, q, k, v, out, lse, True, ctx.scale)
         if prefix_k is None:
             return gq, gk, gv, None, None, None
-        folded = (_fold(x, k.shape[1]) for x in (grad, q))
-        far_out, far_lse = _fold(out, k.shape[1]), _fold(lse, k.shape[1])
+        folded = (fold(x, k.shape[1]) for x in (grad, q))
+        far_out, far_lse = fold(out, k.shape[1]), fold(lse, k.shape[1])
         far_q, gpk, gpv = flash_backward(*folded, prefix_k[None], prefix_v[None], far_out, far_lse, False, ctx.scale)
-        return gq + _unfold(far_q, q), gk, gv, gpk[0], gpv[0], None
+        return gq + unfold(far_q, q), gk, gv, gpk[0], gpv[0], None

@@ -6,6 +6,8 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any, TypeVar
 
 from longrl.registry import resolve
 from longrl.rewards.answer import answer_reward
@@ -14,7 +16,10 @@ from longrl.types import Example, Group, Rollout, Scored
 
 logger = logging.getLogger(__name__)
 
-Reward = Callable[[Example, Rollout], float | None]
+T = TypeVar("T")
+
+Reward = Callable[[Example, Rollout], "float | Future[float | None] | None"]
+"""A Future: the reward is late. Nothing waits for it before the other prompts of the step have been decoded."""
 
 REWARDS: dict[str, Reward] = {
     "answer": answer_reward,
@@ -36,11 +41,16 @@ class Rewards:
         self._rewards: dict[str, Reward] = {name: resolve(name, REWARDS, "reward") for name in weights}
 
     def __call__(self, group: Group) -> list[Scored]:
-        """The group's rollouts in their order, each with its rewards; advantages are still 0."""
-        return [self._score(group.example, rollout) for rollout in group.rollouts]
+        """The group's rollouts in their order, each with its rewards, late ones too; advantages are still 0."""
+        return self.begin(group).result()
 
-    def _score(self, example: Example, rollout: Rollout) -> Scored:
-        parts = {name: self._one(name, example, rollout) for name in self.weights}
+    def begin(self, group: Group) -> Begun:
+        """Calls every reward; those that return a Future are not waited for."""
+        return Begun(self, group)
+
+    def score(self, example: Example, rollout: Rollout, made: dict[str, Any]) -> Scored:
+        """made: by name, what each reward gave: a number, None, or a Future that is waited for."""
+        parts = {name: self._attempt(name, example, lambda x=x: _number(x)) for name, x in made.items()}
         # A reward of weight 0 is only watched: it cannot keep a rollout from being trained.
         weighted = [
             None if (part := parts[name]) is None else weight * part for name, weight in self.weights.items() if weight
@@ -48,18 +58,47 @@ class Rewards:
         known = [part for part in weighted if part is not None]
         return Scored(rollout=rollout, rewards=parts, reward=math.fsum(known) if len(known) == len(weighted) else None)
 
-    def _one(self, name: str, example: Example, rollout: Rollout) -> float | None:
+    def call(self, example: Example, rollout: Rollout) -> dict[str, Any]:
+        """By name, what each reward returns; None where it raises."""
+        return {
+            name: self._attempt(name, example, lambda reward=reward: reward(example, rollout))
+            for name, reward in self._rewards.items()
+        }
+
+    def _attempt(self, name: str, example: Example, make: Callable[[], T]) -> T | None:
         try:
-            value = self._rewards[name](example, rollout)
-            if value is None:
-                return None
-            if not math.isfinite(value):
-                raise ValueError(f"a reward must be a finite number, got {value}")
-            return float(value)
+            return make()
         except Exception as error:  # noqa: BLE001 - a reward is user code: its failure must not end the run, nor pass for a 0
             self.failures[name] += 1
             logger.warning("reward %s of example %s failed: %s: %s", name, example.id, type(error).__name__, error)
             return None
+
+
+class Begun:
+    """A group whose rewards have been called; some may be late."""
+
+    def __init__(self, rewards: Rewards, group: Group) -> None:
+        self.rewards, self.group = rewards, group
+        self.made = [rewards.call(group.example, rollout) for rollout in group.rollouts]
+
+    @property
+    def is_late(self) -> bool:
+        """Whether any reward came as a Future, be it done by now or not."""
+        return any(isinstance(x, Future) for made in self.made for x in made.values())
+
+    def result(self) -> list[Scored]:
+        """Waits. The rollouts in their order; a reward that raises late is None, as one that raises at once."""
+        pairs = zip(self.group.rollouts, self.made, strict=True)
+        return [self.rewards.score(self.group.example, rollout, made) for rollout, made in pairs]
+
+
+def _number(made: Any) -> float | None:
+    value = made.result() if isinstance(made, Future) else made
+    if value is None:
+        return None
+    if not math.isfinite(value):
+        raise ValueError(f"a reward must be a finite number, got {value}")
+    return float(value)
 
 
 def build_rewards(weights: dict[str, float]) -> Rewards:

@@ -1,9 +1,11 @@
-"""The built-in engine: one prefill per prefix, and all streams decoded side by side over its keys and values."""
+"""The built-in engine: one prefill per prefix, and streams of one or several decoded side by side over its keys and
+values."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -42,48 +44,60 @@ class NativeEngine:
     ) -> Iterator[tuple[tuple[Group, ...], Prefix]]:
         """Yields the groups of each cohort (prompts about the same media), with the prefix they share, as it finishes.
 
-        The prefix carries its graph when gradients are enabled: it is the update's prefix forward too.
+        The prefix carries its graph when gradients are enabled: it is the update's prefix forward too. Prefixes of
+        `prompts_in_flight` cohorts are alive at once; the weights are then read once for a token of all of them.
 
         Args:
             seeds: one per example; rollout g of example i draws from the stream of noise (seeds[i], g).
         """
-        for members in cohorts(prompts):
-            shared = [prompts[i] for i in members]
+        together, most = cohorts(prompts), self.config.prompts_in_flight
+        for flight in (together[start : start + most] for start in range(0, len(together), most)):
+            shared = [[prompts[i] for i in members] for members in flight]
             with self.time("prefill"):
-                prefix = self.policy.prefix(shared)
+                prefixes = [self.policy.prefix(some) for some in shared]
             with self.time("decode"), self.policy.gathered():
-                rollouts = self._decode_in_turns(prefix, shared, [seeds[i] for i in members])
-            groups = tuple(
-                Group(id=examples[i].id, example=examples[i], prompt=prompts[i], rollouts=tuple(group))
-                for i, group in zip(members, rollouts, strict=True)
-            )
-            yield groups, prefix
+                rollouts = iter(self._decode_in_turns(prefixes, shared, [seeds[i] for c in flight for i in c]))
+            for members, prefix in zip(flight, prefixes, strict=True):
+                groups = tuple(
+                    Group(id=examples[i].id, example=examples[i], prompt=prompts[i], rollouts=tuple(next(rollouts)))
+                    for i in members
+                )
+                yield groups, prefix
 
     @torch.no_grad()
-    def _decode_in_turns(self, prefix: Prefix, prompts: Sequence[Prompt], seeds: Sequence[int]) -> list[list[Rollout]]:
-        """As many questions at a time as max_streams allows, but at least one."""
+    def _decode_in_turns(
+        self, prefixes: Sequence[Prefix], prompts: Sequence[Sequence[Prompt]], seeds: Sequence[int]
+    ) -> list[list[Rollout]]:
+        """As many questions at a time as max_streams allows, but at least one.
+
+        Args:
+            prompts: of each prefix.
+            seeds: of all prompts, one after the other.
+        """
         size = max(1, self.config.max_streams // self.config.group_size)
-        keys, values = ([widen(x) for x in xs] for xs in (prefix.keys, prefix.values))
-        prefix = Prefix(keys, values, prefix.length, prefix.policy_version)
-        turns = [slice(start, start + size) for start in range(0, len(prompts), size)]
-        return [group for turn in turns for group in self._decode(prefix, prompts[turn], seeds[turn])]
+        wide = [Prefix(_widened(x.keys), _widened(x.values), x.length, x.policy_version) for x in prefixes]
+        asked = [(prefix, prompt) for prefix, some in zip(wide, prompts, strict=True) for prompt in some]
+        turns = [slice(start, start + size) for start in range(0, len(asked), size)]
+        return [group for turn in turns for group in self._decode(asked[turn], seeds[turn])]
 
     @torch.no_grad()
-    def _decode(self, prefix: Prefix, prompts: Sequence[Prompt], seeds: Sequence[int]) -> list[list[Rollout]]:
+    def _decode(self, asked: Sequence[tuple[Prefix, Prompt]], seeds: Sequence[int]) -> list[list[Rollout]]:
+        """asked: the prompts, each with the prefix that it continues; those of one prefix stand together."""
         size, limit = self.config.group_size, self.config.max_new_tokens
         trunk, sp, device = self.policy.trunk, self.policy.trunk.sp, self.policy.trunk.device
         stop = torch.tensor(sorted(self.policy.family.stop_ids), device=device)
         noise = torch.stack([_uniform(seed, g, limit) for seed in seeds for g in range(size)]).to(device)
-        streams = [prompt for prompt in prompts for _ in range(size)]
-        own, hidden = self._prefill(prefix, streams, limit)
-        next_position = torch.tensor([prompt.next_position for prompt in streams], device=device)
-        axes = len(prompts[0].position_ids)
+        streams = [one for one in asked for _ in range(size)]
+        prefixes, own, hidden = self._prefill(streams, limit)
+        next_position = torch.tensor([prompt.next_position for _, prompt in streams], device=device)
+        axes = len(asked[0][1].position_ids)
         tokens = torch.zeros(len(streams), limit, dtype=torch.int64, device=device)
         logprobs = torch.zeros(len(streams), limit, dtype=torch.float64, device=device)
         lengths = torch.full((len(streams),), limit, device=device)
         rows = torch.arange(len(streams), device=device)  # which stream each row of the buffers is
         for t in range(limit):
-            logp = torch.log_softmax(trunk("logits", hidden, self.config.temperature or 1.0), -1)
+            logits = trunk("logits", hidden, self.config.temperature or 1.0)
+            logp = torch.log_softmax(_truncated(logits, self.config.top_k, self.config.top_p), -1)
             drawn = _draw(logp, noise[rows, t]) if self.config.temperature else logp.argmax(-1)
             if sp is not None:
                 drawn = sp.broadcast(drawn)  # equal kernels are no promise of equal draws; stops follow from them
@@ -99,7 +113,7 @@ class NativeEngine:
                 own.keep(kept)
                 rows, drawn = rows[kept], drawn[kept]
             position_ids = (next_position[rows] + t).expand(axes, -1)[..., None]
-            hidden = trunk("decode", prefix, own, drawn[:, None], position_ids)
+            hidden = trunk("decode", prefixes, own, drawn[:, None], position_ids)
         if sp is not None:
             logprobs = sp.broadcast(logprobs)  # nor of equal log-probs, and a run that stops must stop on all ranks
         done = [
@@ -108,18 +122,24 @@ class NativeEngine:
         ]
         return [done[i : i + size] for i in range(0, len(done), size)]
 
-    def _prefill(self, prefix: Prefix, prompts: Sequence[Prompt], limit: int) -> tuple[OwnKV, Tensor]:
-        """Feeds what each prompt has after the prefix; returns the buffers and the last hidden state [N, D]."""
-        rests = torch.tensor([len(prompt) - prefix.length for prompt in prompts])
-        own = OwnKV(prefix, rests, limit)
+    def _prefill(self, streams: Sequence[tuple[Prefix, Prompt]], limit: int) -> tuple[list[Prefix], OwnKV, Tensor]:
+        """Feeds what each stream's prompt has after its prefix; returns the prefixes, the buffers and the last hidden
+        state [N, D]."""
+        together = [list(some) for _, some in groupby(streams, key=lambda one: id(one[0]))]
+        prefixes, sizes = [some[0][0] for some in together], [len(some) for some in together]
+        rests = torch.tensor([len(prompt) - prefix.length for prefix, prompt in streams])
+        sp = self.policy.trunk.sp
+        place = (0, 1) if sp is None or sp.ring is None else (sp.ring.rank, sp.ring.size)
+        own = OwnKV(prefixes, sizes, rests, limit, *place)
         longest = int(rests.max())
-        token_ids = torch.zeros(len(prompts), longest, dtype=torch.int64)
-        position_ids = torch.zeros(len(prompts[0].position_ids), len(prompts), longest, dtype=torch.int64)
-        for n, (prompt, rest) in enumerate(zip(prompts, rests.tolist(), strict=True)):
+        token_ids = torch.zeros(len(streams), longest, dtype=torch.int64)
+        position_ids = torch.zeros(len(streams[0][1].position_ids), len(streams), longest, dtype=torch.int64)
+        for n, ((prefix, prompt), rest) in enumerate(zip(streams, rests.tolist(), strict=True)):
             token_ids[n, longest - rest :] = prompt.token_ids[prefix.length :]
             position_ids[:, n, longest - rest :] = prompt.position_ids[:, prefix.length :]
         device = self.policy.trunk.device
-        return own, self.policy.trunk("decode", prefix, own, token_ids.to(device), position_ids.to(device))
+        hidden = self.policy.trunk("decode", prefixes, own, token_ids.to(device), position_ids.to(device))
+        return prefixes, own, hidden
 
     def _make_rollout(self, ids: list[int], logprobs: list[float]) -> Rollout:
         stopped = ids[-1] in self.policy.family.stop_ids
@@ -133,6 +153,10 @@ class NativeEngine:
         )
 
 
+def _widened(tensors: Sequence[Tensor]) -> list[Tensor]:
+    return [widen(x) for x in tensors]
+
+
 def _at_least(count: int, going: Tensor) -> Tensor:
     """bool [n]: the rows that go on, and as many finished ones as make `count`, if there are."""
     kept = going.clone()
@@ -144,6 +168,20 @@ def _uniform(seed: int, index: int, count: int) -> Tensor:
     """float64 [count] in [0, 1): the noise of one rollout, the same whatever it is batched with."""
     generator = torch.Generator().manual_seed((seed + index * 0x9E3779B97F4A7C15) % (1 << 63))
     return torch.rand(count, generator=generator, dtype=torch.float64)
+
+
+def _truncated(logits: Tensor, top_k: int | None, top_p: float) -> Tensor:
+    """[n, V] -> [n, V]: -inf for all but the top_k largest, and of those for all but the first that reach top_p.
+
+    Reference: nucleus sampling, arXiv 1904.09751, section 3.1.
+    """
+    if top_k is None and top_p == 1:
+        return logits
+    ordered, order = logits.sort(dim=-1, descending=True, stable=True)
+    ordered[:, len(ordered[0]) if top_k is None else top_k :] = -torch.inf
+    probs = ordered.double().softmax(-1)
+    ordered[probs.cumsum(-1) - probs >= top_p] = -torch.inf  # those before it suffice
+    return torch.empty_like(logits).scatter_(-1, order, ordered)
 
 
 def _draw(logp: Tensor, noise: Tensor) -> Tensor:
