@@ -35,6 +35,7 @@ benchmarks: .venv/core.stamp
 
 docs: .venv/core.stamp
 	$(BIN)/python docs/make_config_page.py
+	$(BIN)/python docs/make_recipes_page.py
 
 .venv/core.stamp: $(REQUIREMENTS)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -23,14 +22,22 @@ from longrl.config import (
 )
 from longrl.models import FAMILIES, base_path, tiny_family
 from longrl.parallel.layout import require_heads, require_world
+from longrl.plan.plan import make_plan
+from longrl.plan.shapes import known_source, shape_of
+from longrl.plan.text import plan_lines, refusal
 from longrl.runtime import rank_and_size
 
 
-def check_command(config: AnyConfig) -> None:
-    """Prints a summary of the resolved configuration.
+def check_command(config: AnyConfig, device: str = "CPU", processes: int | None = None) -> None:
+    """Prints a summary of the resolved configuration, and the plan of a run on given data.
+
+    Args:
+        device: that the run is planned for: a name in plan/devices.py.
+        processes: that it is planned for; None: those that torchrun has started, or as many as share a prompt.
 
     Raises:
-        ValueError: a file or name that the run needs does not exist; names all of them.
+        ValueError: a file or name that the run needs does not exist, numbers that do not go together, or a plan
+            that does not fit the device; names all of them.
     """
     if isinstance(config, WarmStartConfig):
         problems = list(_report_warm_start(config))
@@ -43,9 +50,14 @@ def check_command(config: AnyConfig) -> None:
             _report_quickstart(config)
         else:
             problems += _report_run(config)
+            problems += _report_plan(config, device, processes)
     if problems:
         raise ValueError(f"the run cannot start: {'; '.join(problems)}")
-    typer.echo("ok: the configuration is valid, and the model and files that it names exist")
+    source = None if isinstance(config, WarmStartConfig) else known_source(config.model.path)
+    if source is not None:
+        typer.echo(f"ok: the configuration is valid and fits; the model has yet to be downloaded from {source}")
+    else:
+        typer.echo("ok: the configuration is valid, and the model and files that it names exist")
 
 
 def require_model(config: ModelConfig, parallel: ParallelConfig | None = None, *, trained: bool = False) -> None:
@@ -56,7 +68,7 @@ def require_model(config: ModelConfig, parallel: ParallelConfig | None = None, *
     """
     if problem := _model_problem(config.path, trained):
         raise ValueError(f"model.path: {problem}")
-    if parallel and (problem := _heads_problem(config.path, parallel.sp)):
+    if parallel and (problem := _heads_problem(config.path, parallel)):
         raise ValueError(problem)
 
 
@@ -70,7 +82,7 @@ def _report_warm_start(config: WarmStartConfig) -> Iterator[str]:
 
 
 def _report_model(config: ModelConfig, trained: bool) -> Iterator[str]:
-    problem = _model_problem(config.path, trained)
+    problem = None if known_source(config.path) else _model_problem(config.path, trained)
     _row("model", f"{config.path} ({config.dtype})", problem)
     if problem:
         yield f"model.path: {problem}"
@@ -101,42 +113,45 @@ def _report_run(config: DataRunConfig) -> Iterator[str]:
         _row(f"data.{name}", path or "", problem)
         if problem:
             yield f"data.{name}: {problem}"
-    yield from _report_parallel(config)
     if isinstance(config, TrainConfig):
         _row("steps", _steps(config, config.rollout if isinstance(config, RlConfig) else None))
     if isinstance(config, RlConfig):
         _row("algo", f"{config.algo.advantage}, {config.algo.loss} loss, KL {config.algo.kl}")
 
 
-def _report_parallel(config: DataRunConfig) -> Iterator[str]:
-    sp, (_, size) = config.parallel.sp, rank_and_size()
-    if sp == size == 1:
-        return
-    text = f"{sp} processes share a prompt" + (" and the weights" if config.parallel.shard else "")
-    if size == 1:  # checked before the run is started
-        text += f"; start it with torchrun --nproc-per-node {sp}, or a multiple"
-    else:
-        text += f", {size} in all"
-    problems = [_heads_problem(config.model.path, sp), _refusal(require_world, size, sp) if size > 1 else None]
+def _report_plan(config: DataRunConfig, device: str, processes: int | None) -> Iterator[str]:
+    """Prints it in full, or yields what does not go together."""
+    sp, (_, size) = 1 if config.parallel.sp == "auto" else config.parallel.sp, rank_and_size()
+    size = processes or (size if size > 1 else sp)
+    problems = [_heads_problem(config.model.path, config.parallel), _refusal(require_world, size, sp)]
     problems = [problem for problem in problems if problem]
-    _row("parallel", text, "; ".join(problems) or None)
+    if sp > 1 or size > 1:
+        _row("parallel", f"start it with torchrun --nproc-per-node {size}", "; ".join(problems) or None)
     yield from problems
+    if problems or shape_of(config.model.path) is None:
+        return
+    plan = make_plan(config, device, size)
+    for line in plan_lines(plan):
+        typer.echo(f"  {line}")
+    if not plan.fits:
+        yield refusal(plan)
 
 
-def _heads_problem(path: str, sp: int) -> str | None:
-    """None also where the heads are not known before the model is made."""
+def _heads_problem(path: str, parallel: ParallelConfig) -> str | None:
+    """None also where there is no model, or none whose sizes can be read, which is another problem."""
     try:
-        config = json.loads((Path(base_path(path)) / "config.json").read_text(encoding="utf-8"))
-        kv_heads = int(config.get("text_config", config)["num_key_value_heads"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        shape = shape_of(path)
+    except ValueError:
         return None
-    problem = _refusal(require_heads, kv_heads, sp)
-    return problem and f"parallel.sp: {problem}"
+    if parallel.sp == "auto":  # chooses what goes
+        return None
+    problem = shape and _refusal(require_heads, shape.kv_heads, parallel.sp, parallel.ring)
+    return f"parallel.sp: {problem}" if problem else None
 
 
-def _refusal(require: Callable[[int, int], None], first: int, second: int) -> str | None:
+def _refusal(require: Callable[..., None], *numbers: int) -> str | None:
     try:
-        require(first, second)
+        require(*numbers)
     except ValueError as error:
         return str(error)
     return None
@@ -167,7 +182,9 @@ def _model_problem(path: str, trained: bool = False) -> str | None:
     if family is None:
         there = (Path(base) / "config.json").is_file()
         named = f"{base}, which the adapters in {path} belong to," if base != path else path
-        return None if there else f"{named} is not a Hugging Face folder (no config.json)"
+        source = known_source(base)
+        missing = f"{named} is not a Hugging Face folder (no config.json)" + (f"; download {source}" if source else "")
+        return None if there else missing
     if family in FAMILIES:
         return None
     nearest = difflib.get_close_matches(family, FAMILIES, n=1)

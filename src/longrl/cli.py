@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -69,9 +70,10 @@ def sft(config: Config) -> None:
     """Supervised fine-tuning on demonstrated reasoning."""
     loaded = load_arguments(config, "sft")
     from longrl.parallel.ranks import start_ranks
+    from longrl.plan.plan import degree_rule
     from longrl.train_sft import train_sft
 
-    with start_ranks(loaded.parallel) as ranks:
+    with start_ranks(loaded.parallel, partial(degree_rule, loaded)) as ranks:
         train_sft(loaded, ranks)
 
 
@@ -80,9 +82,10 @@ def rl(config: Config) -> None:
     """Reinforcement learning."""
     loaded = load_arguments(config, "rl")
     from longrl.parallel.ranks import start_ranks
+    from longrl.plan.plan import degree_rule
     from longrl.train_rl import train_rl
 
-    with start_ranks(loaded.parallel) as ranks:
+    with start_ranks(loaded.parallel, partial(degree_rule, loaded)) as ranks:
         train_rl(loaded, ranks)
 
 
@@ -92,18 +95,23 @@ def evaluate(config: Config) -> None:
     loaded = load_arguments(config, "eval")
     from longrl.evals.runner import run_eval
     from longrl.parallel.ranks import start_ranks
+    from longrl.plan.plan import degree_rule
 
-    with start_ranks(loaded.parallel) as ranks:
+    with start_ranks(loaded.parallel, partial(degree_rule, loaded)) as ranks:
         run_eval(loaded, ranks)
 
 
 @app.command()
-def check(config: Config) -> None:
-    """Validate a configuration without running it."""
+def check(
+    config: Config,
+    device: Annotated[str, typer.Option(help="Plan for it: A100-80G, H100, H200, or CPU, this machine's.")] = "CPU",
+    processes: Annotated[int | None, typer.Option(min=1, help="Of the run; as many as share a prompt.")] = None,
+) -> None:
+    """Validate a configuration and plan its memory and time without running it."""
     loaded = load_arguments(config)
     from longrl.check import check_command
 
-    check_command(loaded)
+    check_command(loaded, device, processes)
 
 
 @app.command()

@@ -127,15 +127,32 @@ class RuntimeConfig(Section):
 class ParallelConfig(Section):
     """How the processes of a run that torchrun starts share its work. One process needs none of it."""
 
-    sp: Annotated[int, Field(ge=1)] = 1
-    """Processes that share each prompt, its tokens, keys and values; groups of so many take different prompts."""
+    sp: Annotated[int, Field(ge=1)] | Literal["auto"] = 1
+    """Processes that share each prompt, its tokens, keys and values; groups of so many take different prompts. auto:
+    chosen for each prompt by its length, with the ring."""
+    ring: Annotated[int, Field(ge=1)] = 1
+    """Parts that the keys and values of a prompt are split into, beside the split of heads over sp / ring processes."""
     shard: bool = False
     """Keep 1/sp of the weights, gradients and optimizer state on each process that shares a prompt (FSDP2)."""
     timeout_s: Annotated[float, Field(gt=0)] = 1800.0
     """How long a process waits for the others before it gives the run up."""
 
     @model_validator(mode="after")
+    def _whole_rings(self) -> ParallelConfig:
+        if self.sp == "auto":
+            if self.ring > 1:
+                raise ValueError(f"ring is {self.ring}, but sp is auto, which chooses the ring too; leave ring out")
+        elif self.sp % self.ring:
+            raise ValueError(
+                f"ring is {self.ring}, but sp is {self.sp}, expected a multiple of it: {self.sp} = "
+                f"{self.sp // self.ring} x {self.ring} + {self.sp % self.ring}; choose another sp or ring"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _something_to_shard_over(self) -> ParallelConfig:
+        if self.shard and self.sp == "auto":
+            raise ValueError("shard is true, but sp is auto: weights are divided among a fixed number of processes")
         if self.shard and self.sp == 1:
             raise ValueError("shard is true, but sp is 1: weights are divided among sp processes; set sp to 2 or more")
         return self

@@ -64,8 +64,7 @@ class Policy:
         Raises:
             ValueError: the model's heads cannot be dealt to that many ranks.
         """
-        if sp is not None:
-            require_heads(family.model.config.get_text_config().num_key_value_heads, sp.size)
+        _require_heads(family, sp)
         self.family = family
         self.encoder = _choose(family, train) if set(train) != {"language"} else []
         """What learns of the vision tower and the projector. On every rank, not sharded."""
@@ -74,6 +73,15 @@ class Policy:
         if sharded or compute_dtype or device:
             shard(self.trunk, list(self.trunk.blocks), sp if sharded else None, compute_dtype, device)
         self.version = 0
+
+    def share_with(self, sp: SequenceGroup | None) -> None:
+        """From now on these ranks share every prompt; not where they share the weights.
+
+        Raises:
+            ValueError: the model's heads cannot be dealt to that many ranks.
+        """
+        _require_heads(self.family, sp)
+        self.trunk.sp = sp
 
     def prefix(self, prompts: Sequence[Prompt]) -> Prefix:
         """Computes, once, the tokens that all these prompts share (of a single prompt: all but the last)."""
@@ -127,6 +135,12 @@ class AdaptersOff(Policy):
     def logprobs(self, prefix: Prefix, streams: Streams, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
         with switched_off(self.trunk):
             return super().logprobs(prefix, streams, temperature)
+
+
+def _require_heads(family: Family, sp: SequenceGroup | None) -> None:
+    if sp is not None:
+        kv_heads = family.model.config.get_text_config().num_key_value_heads
+        require_heads(kv_heads, sp.size, sp.size // sp.heads.size)
 
 
 def load_policy(model: ModelConfig, config: DataRunConfig, ranks: Ranks, device: str | None = None) -> Policy:

@@ -17,16 +17,16 @@ from longrl.config import RlConfig
 from longrl.data.examples import Skips, load_examples
 from longrl.evals.runner import evaluate, load_questions
 from longrl.parallel.ranks import ALONE, Ranks
-from longrl.policy import load_reference
+from longrl.policy import Policy, load_reference
 from longrl.registry import resolve
-from longrl.rewards.compose import build_rewards
+from longrl.rewards.compose import Rewards, build_rewards
 from longrl.rollout.native import NativeEngine
 from longrl.runtime import seed_for
 from longrl.scoring import Scoring
 from longrl.totals import Totals
-from longrl.training import Training
+from longrl.training import Share, Training
 from longrl.types import Example
-from longrl.update import update, update_again
+from longrl.update import Cohort, update, update_again
 
 
 def train_rl(config: RlConfig, ranks: Ranks = ALONE) -> Path:
@@ -43,7 +43,7 @@ def train_rl(config: RlConfig, ranks: Ranks = ALONE) -> Path:
         ValueError: bad data or configuration.
         RuntimeError: a loss or gradient is not finite, or engine and trainer disagree about log-probs.
     """
-    skips, eval_skips, seed = Skips(config.data), Skips(config.data), config.runtime.seed
+    skips, eval_skips = Skips(config.data), Skips(config.data)
     examples = _questions(config, skips)
     held_out = load_questions(config, eval_skips) if config.eval_every_steps else []
     rewards = build_rewards(config.rewards)
@@ -55,29 +55,28 @@ def train_rl(config: RlConfig, ranks: Ranks = ALONE) -> Path:
 
     with training.metrics() as metrics, training.progress("rl") as progress:
         engine = NativeEngine(policy, config.rollout, metrics.time)
-        score = Scoring(rewards, config.algo.advantage, ranks, metrics.time)
         for step in training.steps_left():
             with metrics.step(step):
                 with metrics.time("media"):
                     batch = training.draw(examples, step)
-                named = zip(batch.epochs, batch.examples, strict=True)
-                seeds = [seed_for(seed, "rollout", step, epoch, example.id) for epoch, example in named]
-                totals, cohorts = Totals(), []
-                for groups, scored, prefix in score(engine.rollout(batch.examples, batch.prompts, seeds)):
-                    totals.count(groups, scored)
-                    with metrics.time("update"):
-                        cohorts += update(policy, reference, groups, scored, prefix, config, totals)
+                sums = [Totals() for _ in batch.shares]
+                shares = [
+                    (share, totals, _first_update(engine, reference, rewards, config, step, share, totals))
+                    for share, totals in zip(batch.shares, sums, strict=True)
+                ]
                 with metrics.time("optimizer"):
-                    count = sum(ranks.gather(totals.denominator))
+                    count = sum(batch.gather([totals.denominator for totals in sums]))
                     norm, lr = training.update(step, count, batch.ids)
                 for _ in range(1, updates):
                     with metrics.time("update"):
-                        for cohort in cohorts:
-                            update_again(policy, cohort, config, totals)
+                        for share, totals, cohorts in shares:
+                            policy.share_with(share.ranks.sp)
+                            for cohort in cohorts:
+                                update_again(policy, cohort, config, totals)
                     with metrics.time("optimizer"):
                         more, lr = training.update(step, count, batch.ids)
                         norm += more
-                totals = Totals.sum(ranks.gather(totals))
+                totals = Totals.sum(batch.gather(sums))
                 for name, value in (totals.metrics(updates) | {"grad_norm": norm / updates, "lr": lr}).items():
                     metrics.log(name, value)
                 metrics.log("cache/hit_rate", training.build.hit_rate)
@@ -89,6 +88,29 @@ def train_rl(config: RlConfig, ranks: Ranks = ALONE) -> Path:
             progress.update(metrics.last)
             training.save_if_due(step)
     return training.last_model()
+
+
+def _first_update(
+    engine: NativeEngine,
+    reference: Policy | None,
+    rewards: Rewards,
+    config: RlConfig,
+    step: int,
+    share: Share,
+    totals: Totals,
+) -> list[Cohort]:
+    """Samples a share's rollouts and accumulates their gradient; returns what further updates need."""
+    policy, cohorts = engine.policy, []
+    for one in (policy, reference) if reference else (policy,):
+        one.share_with(share.ranks.sp)
+    named = zip(share.epochs, share.examples, strict=True)
+    seeds = [seed_for(config.runtime.seed, "rollout", step, epoch, example.id) for epoch, example in named]
+    score = Scoring(rewards, config.algo.advantage, share.ranks, engine.time)
+    for groups, scored, prefix in score(engine.rollout(share.examples, share.prompts, seeds)):
+        totals.count(groups, scored)
+        with engine.time("update"):
+            cohorts += update(policy, reference, groups, scored, prefix, config, totals)
+    return cohorts
 
 
 def _questions(config: RlConfig, skips: Skips) -> list[Example]:

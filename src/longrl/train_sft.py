@@ -14,8 +14,8 @@ from longrl.models.streams import cohorts, make_streams
 from longrl.optim import require_finite
 from longrl.parallel.ranks import ALONE, Ranks
 from longrl.policy import Policy
-from longrl.training import Training
-from longrl.types import Example, Prompt
+from longrl.training import Share, Training
+from longrl.types import Example
 
 
 def train_sft(config: SftConfig, ranks: Ranks = ALONE) -> Path:
@@ -42,7 +42,8 @@ def train_sft(config: SftConfig, ranks: Ranks = ALONE) -> Path:
                 with metrics.time("media"):
                     batch = training.draw(examples, step)
                 with metrics.time("update"):
-                    parts = ranks.gather(_backward(training.policy, batch.examples, batch.prompts))
+                    sums = [_backward(training.policy, share) for share in batch.shares]
+                    parts = batch.gather(sums)
                     loss, tokens = sum(loss for loss, _ in parts), sum(tokens for _, tokens in parts)
                     norm, lr = training.update(step, tokens, batch.ids)
                 for name, value in (
@@ -69,13 +70,14 @@ def _demonstrated(config: SftConfig, skips: Skips) -> list[Example]:
     return examples
 
 
-def _backward(policy: Policy, examples: Sequence[Example], prompts: Sequence[Prompt]) -> tuple[float, int]:
+def _backward(policy: Policy, share: Share) -> tuple[float, int]:
     """Accumulates the gradient of -sum log p(response); returns that sum and the number of response tokens."""
     total, tokens = 0.0, 0
-    for members in cohorts(prompts):
-        ids = [examples[i].id for i in members]
-        shared = [prompts[i] for i in members]
-        responses = [response_ids(policy.family, examples[i].response or "") for i in members]
+    policy.share_with(share.ranks.sp)
+    for members in cohorts(share.prompts):
+        ids = [share.examples[i].id for i in members]
+        shared = [share.prompts[i] for i in members]
+        responses = [response_ids(policy.family, share.examples[i].response or "") for i in members]
         prefix = policy.prefix(shared)
         streams = make_streams(shared, responses, prefix.length)
 

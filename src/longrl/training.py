@@ -6,6 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
+
+import torch
 
 from longrl.check import require_model
 from longrl.checkpoint import FOLDER, Checkpoints, pack_optimizer, unpack_optimizer
@@ -14,28 +17,45 @@ from longrl.data.examples import Skips
 from longrl.data.order import step_examples
 from longrl.data.prompts import PromptBuilder
 from longrl.models import adapters
-from longrl.models.streams import shares
+from longrl.models.streams import cohorts, num_tokens
 from longrl.optim import Optimizer
 from longrl.parallel.gradients import sum_gradients
 from longrl.parallel.ranks import ALONE, Ranks
 from longrl.parallel.shard import whole
+from longrl.plan.plan import max_prompt_tokens
 from longrl.policy import load_policy
 from longrl.report.metrics import Metrics
 from longrl.report.progress import Progress
 from longrl.runtime import start_run
 from longrl.types import Example, Prompt
 
+T = TypeVar("T")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Batch:
-    """What this rank does of a step: whole cohorts. Of one process, all of it."""
+class Share:
+    """What this rank does of a step in one layout of the processes: whole cohorts. Of one process, all of it."""
 
+    ranks: Ranks
+    """The layout."""
     epochs: list[int]
     """Of each example: a step across the end of an epoch can hold one twice."""
     examples: list[Example]
     prompts: list[Prompt]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """A step."""
+
+    shares: list[Share]
+    """One after the other, the same layouts on all ranks; more than one where `parallel.sp` is auto."""
     ids: list[str]
-    """Of the whole step's examples, on all ranks."""
+    """Of all examples, on all ranks."""
+
+    def gather(self, values: Sequence[T]) -> list[T]:
+        """What each share came to: on this rank -> on all, once for the ranks that share prompts."""
+        return [part for share, value in zip(self.shares, values, strict=True) for part in share.ranks.gather(value)]
 
 
 class Training:
@@ -58,13 +78,22 @@ class Training:
         self.optimizer = Optimizer(
             self.policy.trunk.parameters(), config.optim, config.steps, encoder=self.policy.encoder
         )
-        self.build = PromptBuilder(self.policy.family, config.cache, skips, ranks, config.data.max_prompt_tokens)
+        self.build = PromptBuilder(self.policy.family, config.cache, skips, ranks, *self._limit())
         self.done, self.sharded = 0, config.parallel.shard
         self._drawn: set[str] = set()
         if latest:
             unpack_optimizer(self.optimizer.adamw, latest.tensors())
             skips.names.update(latest.state["skipped"])
             self.done = self.policy.version = latest.step
+
+    def _limit(self) -> tuple[int | None, str]:
+        """Tokens of the longest prompt that is trained on, and what says so."""
+        given, device = self.config.data.max_prompt_tokens, self.policy.trunk.device
+        gpu_bytes = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
+        planned = max_prompt_tokens(self.config, self.ranks.size, gpu_bytes)
+        if planned is None or (given is not None and given <= planned):
+            return given, "data.max_prompt_tokens"
+        return planned, "the memory plan (longrl check)"
 
     def steps_left(self) -> range:
         return range(self.done + 1, self.config.steps + 1)
@@ -78,19 +107,22 @@ class Training:
         return Progress(title, self.config.steps, shown=self.ranks.is_main)
 
     def draw(self, examples: Sequence[Example], step: int) -> Batch:
-        """This rank's share of a step, its media embedded."""
+        """This rank's shares of a step, its media embedded."""
         config = self.config
         drawn = step_examples(examples, step, config.prompts_per_step, config.data.share_media, config.runtime.seed)
         self.build.prepare([example for _, example in drawn])
         kept, prompts = self.build([example for _, example in drawn])
         self._drawn = {media.key for prompt in prompts for media in prompt.media}
-        mine = shares(prompts, self.ranks.dp_size)[self.ranks.dp_rank]
-        return Batch(
-            epochs=[drawn[kept[i]][0] for i in mine],
-            examples=[drawn[kept[i]][1] for i in mine],
-            prompts=[prompts[i] for i in mine],
-            ids=[drawn[i][1].id for i in kept],
-        )
+        together = cohorts(prompts)
+        tokens = [num_tokens([prompts[i] for i in members]) for members in together]
+        lengths = [max(len(prompts[i]) for i in members) for members in together]
+        shares = []
+        for ranks, mine in self.ranks.deal(tokens, lengths):
+            indices = sorted(i for k in mine for i in together[k])
+            epochs, chosen = zip(*(drawn[kept[i]] for i in indices), strict=True) if indices else ((), ())
+            ours = [prompts[i] for i in indices]
+            shares.append(Share(ranks=ranks, epochs=list(epochs), examples=list(chosen), prompts=ours))
+        return Batch(shares=shares, ids=[drawn[i][1].id for i in kept])
 
     def update(self, step: int, count: int, ids: Sequence[str]) -> tuple[float, float]:
         """Adds up the gradients of all ranks and takes the optimizer step (optim.py): the same on each.

@@ -224,7 +224,7 @@ class Prefix:
         """[L] of [kv_heads, length, head_dim], after rotary embedding; perhaps attached to the graph.
 
         On a rank of a sequence group: all positions, but kv_heads / ranks heads (one, where there are fewer heads than
-        ranks)."""
+        ranks); with a ring the row's positions, and its ranks count."""
         self.values = values
         self.media = media
         """Of this rank's tokens, where the encoder learns."""

@@ -43,12 +43,34 @@ class Layout:
     dp: int
     sp: int
     shard: bool = False
+    ring: int = 1
+    auto: bool = False
 
     def __str__(self) -> str:
-        return f"dp {self.dp}, sp {self.sp}" + (", sharded" if self.shard else "")
+        if self.auto:
+            return f"{self.dp} processes, laid out by prompt"
+        ring = f" in rings of {self.ring}" if self.ring > 1 else ""
+        return f"dp {self.dp}, sp {self.sp}{ring}" + (", sharded" if self.shard else "")
 
 
-LAYOUTS = [Layout(2, 1), Layout(1, 2), Layout(2, 2), Layout(1, 2, True), Layout(2, 2, True)]
+LAYOUTS = [
+    Layout(2, 1),
+    Layout(1, 2),
+    Layout(2, 2),
+    Layout(1, 2, True),
+    Layout(2, 2, True),
+    Layout(1, 4, True, ring=2),
+    Layout(4, 1, auto=True),
+]
+
+
+def degree(tokens: int) -> tuple[int, int]:
+    """A made-up rule: short prompts stay on one process, the next longer are shared by two, ..."""
+    return next(degree for most, degree in DEGREES if tokens <= most)
+
+
+DEGREES = [(60, (1, 1)), (63, (2, 1)), (64, (2, 2))]
+"""Prompts of up to so many tokens; the longest about a video have 56, 63 or 64."""
 
 JOBS: dict[str, dict[str, Any]] = {
     "recorded": {"kind": "rl", "steps": 10, "algo": {"max_logprob_diff": 1e9}},  # a test is to say what is wrong
@@ -143,13 +165,14 @@ class Kept(Training):
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        Kept.last, self.shares = self, []
+        Kept.last, self.shares, self.degrees = self, [], set()
 
     def draw(self, examples: Any, step: int) -> Any:
         if step > self.stop_after:
             raise StopError
         batch = super().draw(examples, step)
-        self.shares.append([example.id for example in batch.examples])
+        self.shares.append([example.id for share in batch.shares for example in share.examples])
+        self.degrees |= {(share.ranks.dp_size, share.ranks.sp and share.ranks.sp.heads.size) for share in batch.shares}
         return batch
 
 
@@ -161,7 +184,7 @@ def run_job(
     job: str, folder: Path, rows: dict[str, str], ranks: Ranks, layout: Layout, name: str | None = None
 ) -> dict[str, Any]:
     """One run, and what this rank knows after it. name: of its folder, if not the job's."""
-    parallel = {"sp": layout.sp, "shard": layout.shard}
+    parallel = {"sp": layout.sp, "ring": layout.ring, "shard": layout.shard}
     settings = base(job, folder, rows) | {"parallel": parallel, "run_dir": str(folder / (name or job))}
     recording = folder.parent / "recorded.pickle"
     Engine.drawn, Engine.recorded = {}, {}
@@ -173,7 +196,13 @@ def run_job(
         model = train_sft(SftConfig.model_validate(settings), ranks)
     else:
         model = train_rl(RlConfig.model_validate(settings), ranks)
-    return {"model": str(model), "drawn": Engine.drawn, "shares": Kept.last.shares, "digest": digest(Kept.last)}
+    return {
+        "model": str(model),
+        "drawn": Engine.drawn,
+        "shares": Kept.last.shares,
+        "degrees": Kept.last.degrees,
+        "digest": digest(Kept.last),
+    }
 
 
 def digest(training: Training) -> str:
@@ -249,7 +278,8 @@ def run(rank: int, size: int, folder: str, rows: dict[str, str]) -> None:
     watch()
     found: dict[Any, Any] = {}
     for layout in LAYOUTS:
-        ranks = make_ranks(layout.dp * layout.sp, layout.sp, TIMEOUT)
+        rule = degree if layout.auto else None
+        ranks = make_ranks(layout.dp * layout.sp, layout.sp, TIMEOUT, layout.ring, rule)
         if rank < layout.dp * layout.sp:
             for job in (job for job in JOBS if job != "resumed"):
                 began = time.perf_counter()
@@ -257,7 +287,7 @@ def run(rank: int, size: int, folder: str, rows: dict[str, str]) -> None:
                 found[job, layout]["seconds"] = time.perf_counter() - began
     for name in list(RESUMED)[1:3]:
         layout = next(layout for layout in LAYOUTS if str(layout) == name)
-        ranks = make_ranks(layout.dp * layout.sp, layout.sp, TIMEOUT)
+        ranks = make_ranks(layout.dp * layout.sp, layout.sp, TIMEOUT, layout.ring)
         if rank < layout.dp * layout.sp:
             resume(name, Path(folder), rows, ranks, layout)
     found["held"] = held(make_ranks(size, 2, TIMEOUT))

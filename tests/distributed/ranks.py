@@ -1,4 +1,4 @@
-"""What each process of the sequence-parallel tests does: every case in groups of 4, 2 and 1 ranks, in one start.
+"""What each process of the sequence-parallel tests does: every case in groups of up to 4 ranks, in one start.
 
 The same functions without a group are the slow twin: one process, the same weights.
 """
@@ -23,12 +23,16 @@ from longrl.config import ALL_KEPT, MemoryConfig, RolloutConfig
 from longrl.models.qwen_vl import Qwen25VL
 from longrl.models.streams import make_streams
 from longrl.parallel.gradients import sum_gradients
+from longrl.parallel.ranks import make_ranks
 from longrl.parallel.sequence import SequenceGroup
 from longrl.policy import Policy
 from longrl.rollout.native import NativeEngine
 from longrl.types import Example, MediaEmbeds, Prompt
 
-SIZES = (4, 2, 1)
+LAYOUTS = ((4, 1), (2, 1), (1, 1), (2, 2), (1, 4), (1, 2))
+"""Ranks that share the heads, and the places of a ring that share the tokens."""
+WORLD = 4
+TIMEOUT = timedelta(seconds=60)
 HEAD_DIM, LAYERS = 16, 2
 ENGINE_SEEDS = [11, 12]
 
@@ -60,8 +64,12 @@ CASES = {
     "1 KV head, 3 query heads, media first": Case(
         heads=3, kv_heads=1, layout=(0, 21), questions=(3,), responses=(5, 9, 1)
     ),
-    "2 KV heads, 6 query heads, 3 media, recomputed": Case(
-        heads=6, layout=(2, 9, 1, 5, 3, 12, 1), questions=(2, 5), responses=(4, 8), memory=RECOMPUTED
+    "2 KV heads, 6 query heads, 3 media, recomputed but for attention, offloaded": Case(
+        heads=6,
+        layout=(2, 9, 1, 5, 3, 12, 1),
+        questions=(2, 5),
+        responses=(4, 8),
+        memory=MemoryConfig(recompute="keep_attention", offload=True),
     ),
     "2 KV heads, 14 query heads, fp32, micro-batches": Case(
         heads=14, dtype=torch.float32, layout=(5, 30), questions=(3,), responses=(4, 9, 1, 6, 2), stream_tokens=25
@@ -71,6 +79,7 @@ CASES = {
         heads=4, kv_heads=4, dtype=torch.float32, layout=(1, 36), questions=(1, 1), responses=(3,)
     ),
     "labels on the last rank alone": Case(heads=8, kv_heads=4, layout=(2, 9), questions=(25, 24), responses=(2,)),
+    "a prefix of a token a rank": Case(heads=4, layout=(4,), questions=(1,), responses=(3, 2)),
     "one token to score": Case(heads=4, layout=(2, 9), questions=(1,), responses=(1,)),
 }
 
@@ -173,6 +182,21 @@ def decode(temperature: float, sp: SequenceGroup | None) -> dict[str, Any]:
     return {"rollouts": [one for group in groups for one in group.rollouts]}
 
 
+def agree(sp: SequenceGroup | None) -> dict[str, Any]:
+    """The largest difference between the log-probs that the engine records and that the trainer computes, fp32."""
+    family = make_family(None, 2, torch.float32)
+    policy = Policy(family, sp=sp)
+    examples = [Example(id=f"q{i}", messages=(), answer=None, kind="open") for i in range(len(DECODE.questions))]
+    engine = NativeEngine(policy, RolloutConfig(group_size=4, max_new_tokens=12))
+    with torch.no_grad():
+        [(groups, prefix)] = engine.rollout(examples, make_prompts(family, DECODE), ENGINE_SEEDS)
+    rows = [(group.prompt, one) for group in groups for one in group.rollouts]
+    streams = make_streams([prompt for prompt, _ in rows], [one.token_ids for _, one in rows], prefix.length)
+    trainer, _ = policy.logprobs(prefix, streams)
+    recorded = torch.tensor([x for _, one in rows for x in one.logprobs])
+    return {"difference": (trainer[streams.mask] - recorded).abs().max().item(), "tokens": len(recorded)}
+
+
 LONG = Case(heads=8, kv_heads=4, layout=(7, 111, 3, 81), questions=(2,), responses=())
 
 
@@ -219,7 +243,8 @@ def refuse(sp: SequenceGroup) -> dict[str, Any]:
     return {
         "short": _message(lambda: policy.prefix([too_short])),
         "heads": _message(lambda: Policy(make_family(3, 3, torch.float32), sp=sp)),
-        "spans": {total: sp.span(total) for total in range(sp.size, 40)},
+        "span": {total: sp.span(total) for total in range(sp.size, 40)},
+        "spans": {total: sp.spans(total) for total in range(sp.size, 40)},
     }
 
 
@@ -246,22 +271,25 @@ def run(rank: int, size: int, folder: str) -> None:
     """The process of one rank: writes what it found to FOLDER/RANK.pt."""
     torch.set_num_threads(1)
     store = dist.FileStore(f"{folder}/store", size)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=60))
-    groups = {n: dist.new_group(list(range(n))) for n in SIZES}
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=TIMEOUT)
     jobs: dict[str, Callable[[SequenceGroup], dict[str, Any]]] = {
         **{name: lambda sp, case=case: train(case, sp) for name, case in CASES.items()},
         "decode 0.9": lambda sp: decode(0.9, sp),
         "decode 0": lambda sp: decode(0.0, sp),
+        "agree": agree,
         "hold": hold,
         "refuse": refuse,
         "sum": summed,
     }
     found = {}
-    for n in SIZES:
+    for heads, ring in LAYOUTS:
+        n = heads * ring
+        ranks, only = make_ranks(n, n, TIMEOUT, ring), dist.new_group([0])
         if rank < n:
             for name, job in jobs.items():
-                sp = SequenceGroup(groups[n])
-                found[name, n] = {**job(sp), "bytes": dict(sp.bytes_sent)}
+                sp = ranks.sp or SequenceGroup(only)
+                sp.bytes_sent.clear()
+                found[name, (heads, ring)] = {**job(sp), "bytes": dict(sp.bytes_sent)}
     torch.save(found, Path(folder) / f"{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()

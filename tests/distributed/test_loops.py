@@ -67,7 +67,7 @@ def distance(ours: str, theirs: str) -> tuple[float, float]:
     return float(whole[0] / whole[1]), max(float(apart / norm.clamp(min=1e-3)) for apart, norm in each.values())
 
 
-def farthest(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> float:
+def farthest(ours: list[dict[str, Any]], theirs: list[dict[str, Any]], *, rounding: float = 1e-5) -> float:
     """The largest difference of a metric, relative to it. Times may differ, as may rounding, which logprob_diff is."""
     largest = 0.0
     for one, other in zip(ours, theirs, strict=True):
@@ -76,7 +76,7 @@ def farthest(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> float:
             if value is None:
                 assert one[name] is None
             elif name == "sampling/logprob_diff":
-                assert one[name] < 1e-5
+                assert one[name] < rounding
             elif name != "wall_s" and not name.startswith("time/"):
                 largest = max(largest, abs(one[name] - value) / max(abs(value), 1e-3))
     return largest
@@ -100,7 +100,10 @@ def test_metrics_are_those_of_one_process(found, job, layout):
     ours, theirs = found.metrics(job, str(layout)), found.metrics(job, "alone")
     assert len(ours) == JOBS[job]["steps"]
     assert theirs[-1]["data/skipped"] == 5
-    assert farthest(ours, theirs) < (1e-5 if job == "recorded" else 1e-9)
+    # a ring sums attention in another order than one process, whose log-probs the recorded ones are: the weights that
+    # follow differ in their last digits, and AdamW makes those of k_proj.bias large
+    rounding = 1e-4 if job == "recorded" and (layout.ring > 1 or layout.auto) else 1e-5
+    assert farthest(ours, theirs, rounding=rounding) < (1e-5 if job == "recorded" else 1e-9)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
@@ -124,7 +127,17 @@ def test_the_same_tokens_are_drawn_in_fp64(found, layout):
     assert len({r.token_ids for group in theirs.values() for r in group}) > 30
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_prompts_are_laid_out_by_their_length(found):
+    """Every degree is used, in steps that use several; what comes out is tested above, as of the other layouts."""
+    [layout] = [layout for layout in LAYOUTS if layout.auto]
+    for rank in found.of("recorded", layout):
+        assert rank["degrees"] == {(4, None), (2, 2), (1, 2)}
+    for number, theirs in enumerate(found.alone["recorded"]["shares"]):
+        by_rank = [rank["shares"][number] for rank in found.of("recorded", layout)]
+        assert {name for mine in by_rank for name in mine} == set(theirs)
+
+
+@pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if not layout.auto], ids=str)
 def test_data_parallel_ranks_share_the_work_out(found, layout):
     """Together they do what one process does, and a rank with nothing to do holds nobody up."""
     shares = [rank["shares"] for rank in found.of("recorded", layout)]

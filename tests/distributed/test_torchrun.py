@@ -69,7 +69,9 @@ def test_a_run_under_torchrun_is_that_of_one_process_and_goes_on_in_one(dataset,
 
 
 def test_a_rank_that_fails_ends_the_run_and_only_its_own_line_says_why(dataset, tmp_path, root):
-    config = run_config(dataset, tmp_path, "run", algo={"loss": "tests.distributed.losses:broken_on_rank_1"})
+    loss = "tests.distributed.losses:broken_on_rank_1"
+    # short prompts: each process takes its own, as with sp: 1
+    config = run_config(dataset, tmp_path, "run", algo={"loss": loss}, parallel={"sp": "auto"})
     save_config(config, tmp_path / "run.yaml")
     done = torchrun(root, "rl", tmp_path / "run.yaml")
     assert done.returncode == 1  # torchrun's own; it prints the rank's

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -181,15 +183,57 @@ def test_a_full_disk_under_stdout(base):
 def test_check_of_several_processes(longrl, base, tmp_path, monkeypatch):
     done = longrl("check", base, "parallel.sp=2", "parallel.shard=true")
     assert done.returncode == 0
-    assert "2 processes share a prompt and the weights; start it with torchrun --nproc-per-node 2" in done.stdout
+    assert "start it with torchrun --nproc-per-node 2" in done.stdout
+    assert "2 for each prompt (Ulysses 2 x ring 1), weights shared out" in done.stdout
     assert "shard is true, but sp is 1" in longrl("check", base, "parallel.shard=true").stderr
+    assert "(Ulysses 2 x ring 2)" in longrl("check", base, "parallel.sp=4", "parallel.ring=2").stdout
+    chosen = longrl("check", base, "parallel.sp=auto", "--processes", "4")
+    assert "(Ulysses 1 x ring 1)" in chosen.stdout  # a short prompt has a process to itself
+    assert (
+        "sp is auto, which chooses the ring too" in longrl("check", base, "parallel.sp=auto", "parallel.ring=2").stderr
+    )
+    assert "shard is true, but sp is auto" in longrl("check", base, "parallel.sp=auto", "parallel.shard=true").stderr
+    wrong = longrl("check", base, "parallel.sp=6", "parallel.ring=4").stderr
+    assert "ring is 4, but sp is 6, expected a multiple of it: 6 = 1 x 4 + 2" in wrong
     (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "config.json").write_text('{"text_config": {"num_key_value_heads": 4}}')
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4}
+    sizes |= {"intermediate_size": 96, "vocab_size": 100, "model_type": "qwen2"}
+    (tmp_path / "model" / "config.json").write_text(json.dumps(sizes))
+    wrong = longrl("check", base, "parallel.sp=12", "parallel.ring=2", "model.path=model").stderr
+    assert "4 KV heads cannot be dealt to 6 sequence-parallel ranks (12 in rings of 2)" in wrong
+    assert longrl("check", base, "parallel.sp=6", "parallel.ring=3", "model.path=model").returncode == 0
     monkeypatch.setenv("WORLD_SIZE", "8")
     done = longrl("check", base, "parallel.sp=6", "model.path=model")
     assert done.returncode == 2
     assert "parallel.sp: 4 KV heads cannot be dealt to 6 sequence-parallel ranks" in done.stderr
     assert "parallel.sp is 6, but there are 8 processes: 8 = 1 x 6 + 2" in done.stderr
+
+
+def test_check_plans_for_a_device(longrl, base):
+    model = "model.path=models/Qwen2.5-VL-7B-Instruct"
+    done = longrl("check", base, model, "video.max_pixels=50176", "--device", "H200", "--processes", "8")
+    assert done.returncode == 2
+    assert "download it from https://huggingface.co/Qwen/Qwen2.5-VL-7B-Instruct" in done.stdout
+    assert "fits       no" in done.stdout
+    changes = re.search(r"a step needs .* too few; .* GiB with (.+)\n", done.stderr)
+    assert changes is not None
+    done = longrl("check", base, model, "video.max_pixels=50176", *changes[1].split(), "--device=H200", "--processes=8")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (
+        "ok: the configuration is valid and fits; the model has yet to be downloaded from https://hugg" in done.stdout
+    )
+    refused = longrl("check", base, model, "parallel.sp=3", "--processes", "8")
+    assert "parallel.sp is 3, but there are 8 processes: 8 = 2 x 3 + 2" in refused.stderr
+    assert "parallel.sp: 4 KV heads cannot be dealt to 3 sequence-parallel ranks" in refused.stderr
+    assert "no device 'TPU'; known: A100-80G, H100, H200, CPU" in longrl("check", base, "--device", "TPU").stderr
+
+
+def test_a_run_refuses_a_model_that_is_not_there(longrl, base):
+    (base.parent / "rows.jsonl").write_text('{"id": 1, "video": "v.mp4", "question": "q", "answer": "a"}')
+    (base.parent / "v.mp4").touch()
+    done = longrl("rl", base, "model.path=models/Qwen2.5-VL-7B-Instruct")
+    assert done.returncode == 2
+    assert "(no config.json); download https://huggingface.co/Qwen/Qwen2.5-VL-7B-Instruct" in done.stderr
 
 
 def test_several_processes_need_to_be_started(longrl, base):

@@ -18,7 +18,6 @@ from longrl.data.order import by_media
 from longrl.data.prompts import Change, PromptBuilder
 from longrl.files import write_whole
 from longrl.models.streams import num_tokens
-from longrl.parallel.layout import balanced
 from longrl.parallel.ranks import ALONE, Ranks
 from longrl.policy import Policy, load_policy
 from longrl.rewards.answer import answer_reward
@@ -135,41 +134,46 @@ def evaluate(
     engine, score = NativeEngine(policy, sampling), build_rewards(config.rewards)
     forced_ids = policy.family.tokenizer.encode(forced, add_special_tokens=False)
     begun: list[Begun] = []
+    """On the rank that judges."""
 
     def judge(groups: Sequence[Group]) -> None:
         for group in groups:
             said = tuple(replace(one, text=forced + one.text) for one in group.rollouts)
             begun.append(score.begin(replace(group, rollouts=said)))
 
-    def scores() -> dict[str, list[Scored]]:
-        return {one.group.id: one.result() for one in begun}
-
     build.prepare(examples)
-    together, most = _share(examples, build, change), config.rollout.prompts_in_flight
-    for some in (together[start : start + most] for start in range(0, len(together), most)):
-        members = [i for video in some for i in video]
-        kept, prompts = build([examples[i] for i in members], change)
-        batch = [examples[members[k]] for k in kept]
-        prompts = [prompt.followed_by(forced_ids) for prompt in prompts]
-        seeds = [seed_for(config.runtime.seed, "eval", example.id) for example in batch]
-        with torch.no_grad():
-            for groups, prefix in engine.rollout(batch, prompts, seeds):
-                prefix.release()
-                ranks.once(judge, groups)
-    found = ranks.once(scores)
-    found = {name: scored for part in ranks.gather(found) for name, scored in part.items()}
+    together, most = by_media(examples), config.rollout.prompts_in_flight
+    for layout, mine in _deal(examples, together, build, change):
+        policy.share_with(layout.sp)
+        for some in (mine[start : start + most] for start in range(0, len(mine), most)):
+            members = [i for k in some for i in together[k]]
+            kept, prompts = build([examples[i] for i in members], change)
+            batch = [examples[members[k]] for k in kept]
+            prompts = [prompt.followed_by(forced_ids) for prompt in prompts]
+            seeds = [seed_for(config.runtime.seed, "eval", example.id) for example in batch]
+            with torch.no_grad():
+                for groups, prefix in engine.rollout(batch, prompts, seeds):
+                    prefix.release()
+                    layout.once(judge, groups)
+    found = {one.group.id: one.result() for one in begun}
+    found = {name: scored for part in ranks.gather_all(found) for name, scored in part.items()}
     return _result(stage, examples, found, config.eval.samples, skips)
 
 
-def _share(examples: Sequence[Example], build: PromptBuilder, change: Change | None) -> list[list[int]]:
-    """The questions of this rank, those about the same media together."""
-    together, ranks = by_media(examples), build.ranks
+def _deal(
+    examples: Sequence[Example], together: Sequence[Sequence[int]], build: PromptBuilder, change: Change | None
+) -> list[tuple[Ranks, list[int]]]:
+    """As Ranks.deal, of the questions about the same media."""
+    ranks = build.ranks
     if ranks.dp_size == 1:
-        return together
+        return [(ranks, list(range(len(together))))]
+    tokens, lengths = [], []
     # all prompts are built, one video's at a time, to know their lengths; and so all ranks skip what any of them must
-    prompts = (build([examples[i] for i in members], change)[1] for members in together)
-    dealt = balanced([num_tokens(some) if some else 0 for some in prompts], ranks.dp_size)
-    return [together[k] for k in dealt[ranks.dp_rank]]
+    for members in together:
+        _, prompts = build([examples[i] for i in members], change)
+        tokens.append(num_tokens(prompts) if prompts else 0)
+        lengths.append(max(map(len, prompts), default=1))
+    return ranks.deal(tokens, lengths)
 
 
 def _result(

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from longrl.parallel.layout import balanced
 from longrl.types import Prompt
 
 
@@ -90,13 +89,6 @@ def num_tokens(prompts: Sequence[Prompt]) -> int:
     """Tokens that are computed for the prompts of one cohort: those that they share count once."""
     shared = split_length(prompts)
     return shared + sum(len(prompt) - shared for prompt in prompts)
-
-
-def shares(prompts: Sequence[Prompt], parts: int) -> list[list[int]]:
-    """Which prompts each of `parts` data-parallel ranks takes: whole cohorts, about as many tokens for each rank."""
-    together = cohorts(prompts)
-    dealt = balanced([num_tokens([prompts[i] for i in members]) for members in together], parts)
-    return [sorted(i for k in part for i in together[k]) for part in dealt]
 
 
 def make_streams(prompts: Sequence[Prompt], responses: Sequence[Sequence[int]], prefix_length: int) -> Streams:

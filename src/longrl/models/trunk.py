@@ -29,6 +29,7 @@ from longrl.models.own_kv import OwnKV
 from longrl.models.recompute import TiledMLP, recomputed
 from longrl.models.streams import Streams
 from longrl.parallel.attend import attend, attend_decode
+from longrl.parallel.ring import attend_ring, attend_ring_decode, attend_ring_streams
 from longrl.parallel.sequence import Replicated, SequenceGroup, Sharded
 from longrl.types import MediaLeaf, Prefix, Prompt
 
@@ -69,27 +70,36 @@ class _Left(Exception):
 def _attention(module, query, key, value, attention_mask, scaling=1.0, *, trunk_call: Call, **_):
     """query [1, H, T, d], key, value [1, KV, T, d] -> [1, T, H, d]; T tokens of this rank, of streams packed one after
     the other."""
-    call = trunk_call
+    call, exchange = trunk_call, trunk_call.exchange
     q, k, v = query[0], key[0], value[0]
-    if call.exchange is not None:
-        q, k, v = call.exchange.enter(q, k, v)  # fewer heads, the tokens of all ranks
+    if exchange is not None:
+        q, k, v = exchange.enter(q, k, v)  # fewer heads, the tokens of all ranks (of a row, with a ring)
     if call.prefix is None:
         # a view returned from a Block would lose FSDP2's backward hook
         k, v = (x.clone() if x._is_view() else x for x in (k, v))
         call.keys, call.values = k, v
         if call.leave:
             raise _Left
-    q, k, v = (x.unflatten(1, (call.streams, -1)).transpose(0, 1) for x in (q, k, v))  # [N, heads, R, d]
-    if call.own is not None:
-        assert call.prefix is not None
-        prefixes = list(zip(*call.prefix, strict=True))
-        out = attend_decode(q, *call.own.write(call.layer, k, v), call.own.hidden, prefixes, call.own.sizes, scaling)
+    if isinstance(exchange, Sharded) and exchange.ring is not None:
+        if call.prefix is None:
+            out = attend_ring(q, k, v, exchange, scaling)
+        else:
+            out = attend_ring_streams(q, k, v, call.prefix, exchange, call.streams, scaling)
+        out = out.transpose(0, 1)
     else:
-        out = attend(q, k, v, call.prefix, scaling)
-    out = out.transpose(1, 2).flatten(0, 1)
-    if call.exchange is not None:
-        out = call.exchange.leave(out, heads=query.shape[1], kv_heads=key.shape[1])
-    return out[None], None
+        q, k, v = (x.unflatten(1, (call.streams, -1)).transpose(0, 1) for x in (q, k, v))  # [N, heads, R, d]
+        if call.own is None:
+            out = attend(q, k, v, call.prefix, scaling)
+        else:
+            assert call.prefix is not None
+            decode = attend_decode if exchange is None or exchange.ring is None else attend_ring_decode
+            prefixes = list(zip(*call.prefix, strict=True))
+            own = call.own.write(call.layer, k, v)
+            out = decode(q, *own, call.own.hidden, prefixes, call.own.sizes, scaling)
+        out = out.transpose(1, 2).flatten(0, 1)
+    if exchange is not None:
+        out = exchange.leave(out, heads=query.shape[1], kv_heads=key.shape[1])
+    return out[None].to(query.dtype), None
 
 
 AttentionInterface.register(ATTENTION, _attention)
@@ -106,7 +116,7 @@ class Block(nn.Module):
         super().__init__()
         self.index, self.layer, self.recompute = index, layer, memory.recompute
         if memory.mlp_tile_tokens is not None:
-            layer.mlp = TiledMLP(layer.mlp, memory.mlp_tile_tokens)
+            layer.mlp = TiledMLP(layer.get_submodule("mlp"), memory.mlp_tile_tokens)
 
     def forward(self, hidden, rope, exchange, streams=1, far_k=None, far_v=None, own=None, leave=False, offload=None):
         """hidden [1, T, D] -> the same of the next layer (None if left early), keys and values [KV, T, d]."""
@@ -168,15 +178,17 @@ class Trunk(nn.Module):
         Raises:
             ValueError: fewer tokens than the sequence group has ranks; on every rank.
         """
-        mine, exchange = self._share(length, "prefix")
+        mine = [slice(0, length)] if self.sp is None else self.sp.spans(length)
+        exchange = None if self.sp is None else Sharded(self.sp, length, "prefix")
         for start, end in prompt.media_slots:
             if end > length:
                 raise AssertionError(f"the prefix of {length} tokens ends before its media at {start}:{end}")
         media: list[MediaLeaf] = []
-        hidden = self._embed(prompt, mine, media)[None]
+        hidden = torch.cat([self._embed(prompt, tokens, media) for tokens in mine])[None]
         if self.media_learns and torch.is_grad_enabled() and not hidden.requires_grad:
             hidden.requires_grad_()  # a rank without media takes part in the exchanges of the others' backward
-        rope = self._rope(hidden, prompt.position_ids[:, mine].to(hidden.device))
+        positions = torch.cat([prompt.position_ids[:, tokens] for tokens in mine], 1)
+        rope = self._rope(hidden, positions.to(hidden.device))
         keys, values = [], []
         offload = Offload() if self.offload and torch.is_grad_enabled() else None
         for block in self.blocks:
@@ -196,7 +208,9 @@ class Trunk(nn.Module):
         home, streams = streams.mask.device, streams.to(self.device)
         if self.sp is not None:
             streams = streams.padded(-(-self.sp.size // count))  # a few responses of one token still are a token a rank
-        mine, exchange = self._share(streams.mask.numel(), "suffix")
+        total = streams.mask.numel()
+        mine = slice(0, total) if self.sp is None else self.sp.span(total)
+        exchange = None if self.sp is None else Sharded(self.sp, total, "suffix")
         hidden = self.embed(streams.token_ids.flatten()[mine])[None]
         rope = self._rope(hidden[0], streams.position_ids.flatten(1)[:, mine])
         for block, k, v in zip(self.blocks, prefix.keys, prefix.values, strict=True):
@@ -207,7 +221,7 @@ class Trunk(nn.Module):
         zeros = logprobs.new_zeros(mask.shape)
         logprobs, entropy = zeros.index_put(where, logprobs), zeros.index_put(where, entropy)
         if self.sp is not None:
-            logprobs, entropy = self.sp.gather(torch.stack([logprobs, entropy]), streams.mask.numel())
+            logprobs, entropy = self.sp.gather(torch.stack([logprobs, entropy]), total)
         logprobs, entropy = (x.view_as(streams.mask)[:, :length] for x in (logprobs, entropy))
         return logprobs.clone().to(home), entropy.clone().to(home)  # as in _attention: no views
 
@@ -237,10 +251,6 @@ class Trunk(nn.Module):
         """[..., D] -> [..., vocabulary], in fp32 or wider, divided by the temperature."""
         logits = self.head(self.norm(hidden))
         return (logits if logits.dtype == torch.float64 else logits.float()) / temperature
-
-    def _share(self, total: int, kind: str) -> tuple[slice, Sharded | None]:
-        """This rank's part of `total` tokens, and how attention sees the others'."""
-        return (slice(0, total), None) if self.sp is None else (self.sp.span(total), Sharded(self.sp, total, kind))
 
     def _embed(self, prompt: Prompt, tokens: slice, leaves: list[MediaLeaf]) -> Tensor:
         """[T, D] of a prompt's tokens, media in their slots; of media, which may be memory-mapped, no other rows are

@@ -82,16 +82,30 @@ def attend_decode(
     Returns:
         [N, H, new, d].
     """
-    kv_heads, dtype, wide = k.shape[1], q.dtype, q.to(k.dtype)
+    return decode_parts(q, k, v, hidden, prefixes, sizes, scale)[0].to(q.dtype)
+
+
+def decode_parts(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    hidden: Tensor | None,
+    prefixes: Sequence[tuple[Tensor, Tensor]],
+    sizes: Sequence[int],
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same, in the type of the keys, fp32 at least; and the log-sum-exps [N, H, new] of the two segments: the
+    prefix, and a stream's own."""
+    kv_heads, wide = k.shape[1], q.to(k.dtype)
     parts = [
-        [_unfold(x, part) for x in flash(_fold(part, kv_heads), far_k[None], far_v[None], False, scale)]
+        [unfold(x, part) for x in flash(fold(part, kv_heads), far_k[None], far_v[None], False, scale)]
         for part, (far_k, far_v) in zip(wide.split(list(sizes)), prefixes, strict=True)
         if len(part)
     ]
     far, far_lse = parts[0] if len(parts) == 1 else (torch.cat(x) for x in zip(*parts, strict=True))
     near, near_lse = _attend_own(wide, k, v, hidden, scale)
     weight = (near_lse - far_lse).sigmoid_()[..., None]  # exp near_lse / (exp near_lse + exp far_lse)
-    return torch.lerp(far.to(weight.dtype), near.to(weight.dtype), weight).to(dtype)
+    return torch.lerp(far.to(weight.dtype), near.to(weight.dtype), weight), far_lse, near_lse
 
 
 def _attend_own(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
@@ -110,14 +124,20 @@ def _attend_own(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None, scale: f
     return out.unflatten(2, (-1, new)).flatten(1, 2), lse.unflatten(2, (-1, new)).flatten(1, 2)
 
 
-def _fold(x: Tensor, kv_heads: int) -> Tensor:
+def merge(out: Tensor, lse: Tensor, more: Tensor, more_lse: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention to two segments of keys as if to both at once: out [..., d], lse [...], in the type of lse."""
+    both = torch.logaddexp(lse, more_lse)
+    return out * (lse - both).exp()[..., None] + more * (more_lse - both).exp()[..., None], both
+
+
+def fold(x: Tensor, kv_heads: int) -> Tensor:
     """[N, H, R, ...] -> [1, KV, H/KV * N * R, ...]: everything that attends to one KV head as one long query."""
     x = x.unflatten(1, (kv_heads, -1)).movedim(0, 2)  # [KV, rep, N, R, ...]
     return x.flatten(1, 3)[None].contiguous()
 
 
-def _unfold(x: Tensor, like: Tensor) -> Tensor:
-    """The inverse of _fold; `like` is [N, H, R, d], x may lack the last dimension."""
+def unfold(x: Tensor, like: Tensor) -> Tensor:
+    """The inverse of fold; `like` is [N, H, R, d], x may lack the last dimension."""
     streams, heads, length, _ = like.shape
     kv_heads = x.shape[1]
     return x[0].unflatten(1, (heads // kv_heads, streams, length)).movedim(2, 0).flatten(1, 2)
@@ -130,12 +150,13 @@ class _Attend(torch.autograd.Function):
         if prefix_k is None:
             out, lse = flash(q, k, v, True, scale)
         else:
-            near, near_lse = flash(*(widen(x) for x in (q, k, v)), True, scale)
-            wide = (widen(x) for x in (_fold(q, kv_heads), prefix_k[None], prefix_v[None]))
-            far, far_lse = (_unfold(x, q) for x in flash(*wide, False, scale))
+            near, near_lse = flash(widen(q), widen(k), widen(v), True, scale)
+            wide = widen(fold(q, kv_heads))
+            far, far_lse = (
+                unfold(x, q) for x in flash(wide, widen(prefix_k)[None], widen(prefix_v)[None], False, scale)
+            )
             # lse is fp32 at least: merged in that, then cast, or bf16 would lose twice
-            lse = torch.logaddexp(near_lse, far_lse)
-            out = near * (near_lse - lse).exp()[..., None] + far * (far_lse - lse).exp()[..., None]
+            out, lse = merge(near, near_lse, far, far_lse)
             out, lse = out.to(q.dtype), lse.to(torch.promote_types(q.dtype, torch.float32))
         ctx.save_for_backward(q, k, v, prefix_k, prefix_v, out, lse)
         ctx.scale = scale
@@ -148,7 +169,8 @@ class _Attend(torch.autograd.Function):
         gq, gk, gv = flash_backward(grad, q, k, v, out, lse, True, ctx.scale)
         if prefix_k is None:
             return gq, gk, gv, None, None, None
-        folded = (_fold(x, k.shape[1]) for x in (grad, q))
-        far_out, far_lse = _fold(out, k.shape[1]), _fold(lse, k.shape[1])
-        far_q, gpk, gpv = flash_backward(*folded, prefix_k[None], prefix_v[None], far_out, far_lse, False, ctx.scale)
-        return gq + _unfold(far_q, q), gk, gv, gpk[0], gpv[0], None
+        far_grad, far_q, far_out, far_lse = (fold(x, k.shape[1]) for x in (grad, q, out, lse))
+        far_q, gpk, gpv = flash_backward(
+            far_grad, far_q, prefix_k[None], prefix_v[None], far_out, far_lse, False, ctx.scale
+        )
+        return gq + unfold(far_q, q), gk, gv, gpk[0], gpv[0], None

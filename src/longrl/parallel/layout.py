@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 
-def require_heads(kv_heads: int, size: int) -> None:
+def require_heads(kv_heads: int, sp: int, ring: int = 1) -> None:
     """Called at start-up, before anything is computed. Any number of query heads will do.
 
+    Args:
+        ring: a divisor of sp; the ranks of a ring have the same heads.
+
     Raises:
-        ValueError: the KV heads cannot be dealt to a group of `size` ranks.
+        ValueError: the KV heads cannot be dealt to sp / ring ranks.
     """
+    size = sp // ring
     more, fewer = max(kv_heads, size), min(kv_heads, size)
     if more % fewer:
+        of = f" ({sp} in rings of {ring})" if ring > 1 else ""
         raise ValueError(
-            f"{kv_heads} KV heads cannot be dealt to {size} sequence-parallel ranks: one must be a multiple of the "
+            f"{kv_heads} KV heads cannot be dealt to {size} sequence-parallel ranks{of}: one must be a multiple of the "
             f"other, but {more} = {more // fewer} x {fewer} + {more % fewer}; choose another number of ranks"
         )
 
@@ -30,6 +36,30 @@ def require_world(size: int, sp: int) -> None:
             f"parallel.sp is {sp}, but there {'is' if size == 1 else 'are'} {processes}: {size} = {size // sp} x {sp} "
             f"+ {size % sp}; start a multiple of {sp} (torchrun --nproc-per-node {sp}) or choose another parallel.sp"
         )
+
+
+def split(total: int, parts: int) -> list[int]:
+    """Tokens of each part: equal but for one."""
+    borders = [total * i // parts for i in range(parts + 1)]
+    return [end - start for start, end in pairwise(borders)]
+
+
+def zigzag(lengths: Sequence[int]) -> list[tuple[slice, slice]]:
+    """Deals a causal sequence to the ranks of a ring: each takes a piece from the front and one from the back, so that
+    all attend to about as much.
+
+    Args:
+        lengths: tokens of each rank.
+
+    Returns:
+        Each rank's two spans, the first of lengths // 2 tokens; one may be empty.
+    """
+    spans, front, back = [], 0, sum(lengths)
+    for length in lengths:
+        half = length // 2
+        spans.append((slice(front, front + half), slice(back - length + half, back)))
+        front, back = front + half, back - length + half
+    return spans
 
 
 def balanced(weights: Sequence[int], parts: int) -> list[list[int]]:

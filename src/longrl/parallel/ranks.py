@@ -3,15 +3,17 @@
     sp  ranks that share every prompt and make the same calls     (sequence.py)
     dp  groups of those, each with cohorts of its own
 
-Process number = dp rank x sp + rank in its sp group. Process 0 is the main one, which alone writes. A run of one
-process has no process group, and none of the messages below.
+How many share a prompt may depend on its length: the same processes are then laid out in several ways (`deal`).
+
+Process number = dp rank x sp + rank in its sp group, which sequence.py lays out further. Process 0 is the main one,
+which alone writes. A run of one process has no process group, and none of the messages below.
 """
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, ParamSpec, TypeVar
@@ -20,12 +22,15 @@ import torch
 import torch.distributed as dist
 
 from longrl.config import ParallelConfig
-from longrl.parallel.layout import require_world
+from longrl.parallel.layout import balanced, require_world
 from longrl.parallel.sequence import SequenceGroup
 from longrl.runtime import rank_and_size
 
 GRACE_S = 3.0
 """A rank that others have left waits so long before it ends: torchrun is to report the rank that failed, not this."""
+
+Degree = Callable[[int], tuple[int, int]]
+"""Prompt tokens -> (ranks that the heads are split over, places of a ring): as sequence.py lays out a group."""
 
 T = TypeVar("T")
 P = ParamSpec("P")
@@ -38,18 +43,44 @@ class Ranks:
         self,
         everyone: dist.ProcessGroup | None = None,
         dp: dist.ProcessGroup | None = None,
-        sp: dist.ProcessGroup | None = None,
+        sp: SequenceGroup | None = None,
+        others: Others | None = None,
     ) -> None:
-        """Without groups: one process. Otherwise all three, of which sp may have one rank."""
+        """
+        Without groups: one process.
+
+        Args:
+            sp: None: every rank takes prompts of its own.
+            others: layouts of the same processes for other prompts than the shortest.
+        """
         self.everyone, self.dp = everyone, dp
         self.rank, self.size = _place(everyone)
         self.dp_rank, self.dp_size = _place(dp)
-        self.sp_rank, self.sp_size = _place(sp)
-        self.sp = None if sp is None or dist.get_world_size(sp) == 1 else SequenceGroup(sp)
+        self.sp, self.others = sp, others
+        self.sp_rank, self.sp_size = (0, 1) if sp is None else (sp.rank, sp.size)
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
+
+    def deal(self, tokens: Sequence[int], lengths: Sequence[int]) -> list[tuple[Ranks, list[int]]]:
+        """Which cohorts of a step this rank takes, and in which layout of the processes; all take those in this order.
+
+        Args:
+            tokens: of each cohort; groups of ranks get about as many each.
+            lengths: of the longest prompt of each, which the layout depends on.
+
+        Returns:
+            Each layout that is used, the smallest degree first, with the indices of this rank's cohorts, ascending.
+        """
+        degrees = [(1, 1) if self.others is None else self.others.degree(length) for length in lengths]
+        dealt = []
+        for heads, ring in sorted(set(degrees), key=lambda one: (one[0] * one[1], one[1])):
+            layout = self if self.others is None else self.others.at(heads, ring)
+            members = [i for i, degree in enumerate(degrees) if degree == (heads, ring)]
+            part = balanced([tokens[i] for i in members], layout.dp_size)[layout.dp_rank]
+            dealt.append((layout, [members[k] for k in part]))
+        return dealt
 
     def gather(self, x: T) -> list[T]:
         """The x of every dp rank, on each. Ranks that share a prompt have the same x."""
@@ -73,26 +104,51 @@ class Ranks:
         return _tell(self.everyone, make, *args, **kwargs)
 
 
+class Others:
+    """Layouts of the same processes, made when they are first used: by all at the same time, as all draw the same."""
+
+    def __init__(self, size: int, degree: Degree, timeout: timedelta) -> None:
+        self.size, self.degree, self.timeout = size, degree, timeout
+        self._made: dict[tuple[int, int], Ranks] = {}
+
+    def at(self, heads: int, ring: int) -> Ranks:
+        """
+        Raises:
+            ValueError: the processes cannot be put in such groups.
+        """
+        if (heads, ring) not in self._made:
+            require_world(self.size, heads * ring)
+            self._made[heads, ring] = make_ranks(self.size, heads * ring, self.timeout, ring)
+        return self._made[heads, ring]
+
+
 @contextmanager
-def start_ranks(config: ParallelConfig) -> Iterator[Ranks]:
+def start_ranks(config: ParallelConfig, rule: Callable[[int, int | None], Degree] | None = None) -> Iterator[Ranks]:
     """Joins the processes that torchrun started; one that was started otherwise is alone.
+
+    Args:
+        rule: of `sp: auto`, for so many processes with so many bytes of GPU memory each (None: they run on CPUs).
 
     Raises:
         ValueError: their number is not a multiple of config.sp.
         RuntimeError: another rank has ended, or did not answer within config.timeout_s.
     """
     _, size = rank_and_size()
-    require_world(size, config.sp)
+    sp = 1 if config.sp == "auto" else config.sp
+    require_world(size, sp)
     if size == 1:
         yield ALONE
         return
     timeout = timedelta(seconds=config.timeout_s)
+    gpu_bytes = None
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        gpu_bytes = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, timeout=timeout)
     try:
-        yield make_ranks(size, config.sp, timeout)
+        degree = rule(size, gpu_bytes) if rule and config.sp == "auto" else None
+        yield make_ranks(size, sp, timeout, config.ring, degree)
     except RuntimeError as error:
         if not isinstance(error, dist.DistError) and "gloo" not in str(error):  # whose errors have no type of their own
             raise
@@ -105,20 +161,25 @@ def start_ranks(config: ParallelConfig) -> Iterator[Ranks]:
     dist.destroy_process_group()
 
 
-def make_ranks(size: int, sp: int, timeout: timedelta) -> Ranks:
+def make_ranks(size: int, sp: int, timeout: timedelta, ring: int = 1, degree: Degree | None = None) -> Ranks:
     """A mesh of the first `size` processes. Every process calls it; what those outside get is of no use.
 
     Args:
         size: a multiple of sp.
+        ring: a divisor of sp.
         timeout: how long a rank waits for the others. A new group does not inherit it.
+        degree: sp is 1, and prompts of some lengths have groups of their own.
     """
-    mesh = torch.arange(size).view(-1, sp)
+    mesh = torch.arange(size).view(-1, ring, sp // ring)
+
+    def mine(groups: torch.Tensor) -> Any:
+        return dist.new_subgroups_by_enumeration(groups.tolist(), timeout=timeout)[0]
+
     everyone: Any = dist.new_group(mesh.flatten().tolist(), timeout=timeout)
-    dp: Any
-    shared: Any
-    dp, _ = dist.new_subgroups_by_enumeration(mesh.T.tolist(), timeout=timeout)
-    shared, _ = dist.new_subgroups_by_enumeration(mesh.tolist(), timeout=timeout)
-    return Ranks(everyone, dp, shared)
+    dp, shared = mine(mesh.flatten(1).T), mine(mesh.flatten(1))
+    rows_and_columns = (mine(mesh.flatten(0, 1)), mine(mesh.transpose(1, 2).flatten(0, 1))) if ring > 1 else ()
+    group = SequenceGroup(shared, *rows_and_columns) if sp > 1 else None
+    return Ranks(everyone, dp, group, Others(size, degree, timeout) if degree else None)
 
 
 def _place(group: dist.ProcessGroup | None) -> tuple[int, int]:

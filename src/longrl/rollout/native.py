@@ -128,7 +128,9 @@ class NativeEngine:
         together = [list(some) for _, some in groupby(streams, key=lambda one: id(one[0]))]
         prefixes, sizes = [some[0][0] for some in together], [len(some) for some in together]
         rests = torch.tensor([len(prompt) - prefix.length for prefix, prompt in streams])
-        own = OwnKV(prefixes, sizes, rests, limit)
+        sp = self.policy.trunk.sp
+        place = (0, 1) if sp is None or sp.ring is None else (sp.ring.rank, sp.ring.size)
+        own = OwnKV(prefixes, sizes, rests, limit, *place)
         longest = int(rests.max())
         token_ids = torch.zeros(len(streams), longest, dtype=torch.int64)
         position_ids = torch.zeros(len(streams[0][1].position_ids), len(streams), longest, dtype=torch.int64)

@@ -1,0 +1,54 @@
+"""Runs the `longrl check` commands of recipes.md beside this file and writes their output behind them: `make docs`."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+
+ROOT = Path(__file__).parents[1]
+PAGE = Path(__file__).with_name("recipes.md")
+COMMAND = re.compile(r"^```\n\$ longrl (check .*)\n(?:.*\n)*?```$", re.MULTILINE)
+
+
+def make_page() -> str:
+    """The page, with each plan as it comes out now, for an hour of 16:9 video that is made on the spot."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        shutil.copytree(ROOT / "configs", folder / "configs")
+        _make_data(folder / "data" / "hours")
+        return COMMAND.sub(lambda found: _block(found[1], folder), PAGE.read_text(encoding="utf-8"))
+
+
+def _block(arguments: str, folder: Path) -> str:
+    command = [sys.executable, "-m", "longrl", *arguments.split()]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120)
+    return f"```\n$ longrl {arguments}\n{done.stdout}{done.stderr}```"
+
+
+def _make_data(folder: Path) -> None:
+    """A question about an hour in which the picture changes once a minute."""
+    folder.mkdir(parents=True)
+    row = {"id": "1", "video": "hour.mp4", "question": "What happens after the break?", "answer": "nothing"}
+    (folder / "train.jsonl").write_text(json.dumps(row) + "\n")
+    with av.open(str(folder / "hour.mp4"), "w") as container:
+        stream = container.add_stream("libx264", rate=1)
+        stream.width, stream.height, stream.pix_fmt = 1280, 720, "yuv420p"
+        stream.codec_context.time_base = Fraction(1, 1)
+        for minute in range(61):
+            frame = av.VideoFrame.from_ndarray(np.full((720, 1280, 3), 4 * minute, np.uint8))
+            frame.pts = min(60 * minute, 3599)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+
+
+if __name__ == "__main__":
+    PAGE.write_text(make_page(), encoding="utf-8")

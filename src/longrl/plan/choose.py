@@ -1,0 +1,146 @@
+"""What would make a plan fit, found by trying; and the layout of the processes for a prompt of some length."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import product
+from math import ceil
+
+from longrl.parallel.layout import require_heads
+from longrl.plan.cost import plan_cost
+from longrl.plan.devices import Device
+from longrl.plan.memory import plan_memory
+from longrl.plan.shapes import ModelShape
+from longrl.plan.work import Setup, Work
+
+TILE = 4096
+CLEARLY = 0.98
+"""How much of the time a later layout may take to be preferred: estimates are no better."""
+LORA_RANK = 16
+
+
+def fits(shape: ModelShape, work: Work, setup: Setup, device: Device) -> bool:
+    memory = plan_memory(shape, work, setup, device)
+    on_device = memory.peak_bytes + (memory.host_bytes if device.is_cpu else 0)
+    return on_device <= device.planned_bytes
+
+
+def layouts(shape: ModelShape, processes: int) -> list[tuple[int, int]]:
+    """(ulysses, ring) degrees that processes and heads allow, the smallest first, Ulysses before the ring."""
+    found = []
+    for ulysses, ring in product(range(1, processes + 1), repeat=2):
+        if processes % (ulysses * ring) or ulysses > shape.heads:
+            continue
+        try:
+            require_heads(shape.kv_heads, ulysses)
+        except ValueError:
+            continue
+        found.append((ulysses, ring))
+    return sorted(found, key=lambda degrees: (degrees[0] * degrees[1], degrees[1]))
+
+
+def choose_layout(
+    shape: ModelShape, work: Work, setup: Setup, device: Device, processes: int
+) -> tuple[int, int] | None:
+    """The (ulysses, ring) degrees for prompts of this length: what `parallel.sp: auto` asks.
+
+    A prompt that fits one process stays there: nothing is sent, and other processes take other prompts. Otherwise, of
+    the layouts that fit, the one that takes the least time of all its processes together; of those about as good the
+    smallest, and Ulysses before the ring.
+
+    Args:
+        setup: all that is settled; its own degrees do not matter.
+        processes: of the run; the degrees' product divides it.
+
+    Returns:
+        None where no layout fits.
+    """
+    best, best_s = None, float("inf")
+    for ulysses, ring in layouts(shape, processes):
+        tried = replace(setup, ulysses=ulysses, ring=ring, sharded=setup.sharded and ulysses * ring > 1)
+        if work.prompt_tokens < tried.sp or not fits(shape, work, tried, device):
+            continue
+        spent_s = tried.sp * plan_cost(shape, work, tried, device).total_s
+        if spent_s < CLEARLY * best_s:
+            best, best_s = (ulysses, ring), spent_s
+        if tried.sp == 1:
+            break
+    return best
+
+
+def largest_prompt(shape: ModelShape, work: Work, setup: Setup, device: Device, most: int = 1 << 24) -> int:
+    """Tokens of the longest prompt that fits; 0: none does."""
+
+    def good(tokens: int) -> bool:
+        return fits(shape, replace(work, prompt_tokens=tokens), setup, device)
+
+    low, high = 0, most + 1  # memory grows with the prompt, so what fits and what does not meet once
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if good(middle) else (low, middle)
+    return low
+
+
+def smallest_change(
+    shape: ModelShape, work: Work, setup: Setup, device: Device, processes: int
+) -> tuple[dict[str, str], Work, Setup] | None:
+    """What to set so that it fits, tried in all combinations.
+
+    First what changes no result (recomputation, offload, tiles, layout of the processes, also more of them), and of
+    that the fewest keys, then the fastest; only then adapters in the place of full fine-tuning, and fewer frames.
+
+    Returns:
+        Configuration keys and values, with the work and setup that they come to; None where nothing helps.
+    """
+    best = None
+    for changes, results, other_work, other in _tries(shape, work, setup, processes):
+        if not fits(shape, other_work, other, device):
+            continue
+        cost = (results, len(changes), other.sp, plan_cost(shape, other_work, other, device).total_s)
+        if best is None or cost < best[0]:
+            best = cost, changes, other_work, other
+    return None if best is None else best[1:]
+
+
+def _tries(
+    shape: ModelShape, work: Work, setup: Setup, processes: int
+) -> Iterator[tuple[dict[str, str], int, Work, Setup]]:
+    """(changes, how many of them change results, work, setup)."""
+    tiles = {setup.mlp_tile_tokens, TILE}
+    at_least = {(u, r) for u, r in layouts(shape, processes) if u * r >= setup.sp} | {(setup.ulysses, setup.ring)}
+    # not where the encoder is trained: adapters are for the language model alone
+    adapters = {setup.lora_rank, setup.lora_rank or (0 if setup.encoder_parameters else LORA_RANK)}
+    for recompute, offload, tile, (ulysses, ring), sharded, lora, reference, fewer in product(
+        ("none", "layer", "keep_attention"), (False, True), tiles, at_least, (False, True), adapters, (False, True),
+        (1, 2, 4, 8),
+    ):  # fmt: skip
+        away = reference and work.reference and not lora
+        if (offload and recompute == "none") or (sharded and ulysses * ring == 1) or reference != away:
+            continue
+        other = replace(
+            setup,
+            recompute=recompute,
+            offload=offload,
+            mlp_tile_tokens=tile,
+            ulysses=ulysses,
+            ring=ring,
+            sharded=sharded,
+            lora_rank=lora,
+            lora_targets=setup.lora_targets or tuple(shape.linears),
+            offload_reference=reference,
+        )
+        changes = {
+            "parallel.sp": str(other.sp) if other.sp != setup.sp else None,
+            "parallel.ring": str(ring) if ring != setup.ring else None,
+            "parallel.shard": str(sharded).lower() if sharded != setup.sharded else None,
+            "memory.recompute": recompute if recompute != setup.recompute else None,
+            "memory.offload": str(offload).lower() if offload != setup.offload else None,
+            "memory.mlp_tile_tokens": str(tile or "null") if tile != setup.mlp_tile_tokens else None,
+            "algo.offload_reference": str(reference).lower() if reference != setup.offload_reference else None,
+            "model.lora.rank": str(LORA_RANK) if lora != setup.lora_rank else None,
+            "frames": f"1/{fewer}" if fewer > 1 else None,
+        }
+        results = (fewer - 1) + 2 * (lora != setup.lora_rank)
+        shorter = replace(work, prompt_tokens=ceil(work.prompt_tokens / fewer))
+        yield {key: value for key, value in changes.items() if value is not None}, results, shorter, other

@@ -1,0 +1,123 @@
+"""Passes, operations and expected seconds of a step. Rates are those of devices.py, so every time is an estimate."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import ceil
+
+from longrl.plan.devices import Device
+from longrl.plan.memory import Tally
+from longrl.plan.shapes import ModelShape
+from longrl.plan.work import Setup, Work
+
+OPERATIONS = 30
+"""Small operations of a layer in eager mode."""
+LATENCY_S = 2e-5
+"""Of a message of a few streams."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cost:
+    """Of one step, on each process that shares a prompt."""
+
+    passes: float
+    """Over a prompt, in forward passes; a backward pass counts two, what it recomputes its share of one more."""
+    flops: float
+    """Of all processes that share a prompt and for one prompt: what the algorithm asks for, without recomputation."""
+    seconds: dict[str, float]
+    """By phase, all prompts of the step that fall to one such group of processes."""
+
+    @property
+    def total_s(self) -> float:
+        return sum(self.seconds.values())
+
+
+def plan_cost(shape: ModelShape, work: Work, setup: Setup, device: Device, groups: int = 1) -> Cost:
+    """
+    Args:
+        groups: of processes that take different prompts (dp).
+    """
+    prefix, suffix = _Pass(shape, work, setup, device), _Suffix(shape, work, setup, device)
+    frozen = setup.lora_rank > 0 or not setup.language
+    again = {"none": 0.0, "layer": 1.0, "keep_attention": prefix.products_s / prefix.forward_s}[setup.recompute]
+    moved = Tally(shape, work, setup, device).kept()[1] / (device.host_link * device.movement)
+    seconds = {"prefill": max(prefix.forward_s, moved) + prefix.messages_s + prefix.gather_s}
+    passes, flops = 1.0, prefix.flops
+    if work.rollout:
+        seconds["decode"] = suffix.decode_s + prefix.gather_s
+        flops += suffix.flops
+    if work.reference:
+        seconds["reference"] = prefix.forward_s + prefix.messages_s + suffix.forward_s + 2 * prefix.gather_s
+        passes, flops = passes + 1, flops + prefix.flops + suffix.flops
+    if work.trains:
+        # frozen weights have no gradients of their own; those of attention cost five products where forward has two
+        products, attention, updates = 1.0 if frozen else 2.0, 2.5, work.updates
+        backward = prefix.products_s * products + prefix.attention_s * attention
+        backward += again * (prefix.forward_s + prefix.messages_s)
+        seconds["prefill"] *= updates
+        seconds["suffix"] = updates * suffix.forward_s * (1 + products + (again > 0))
+        seconds["suffix"] += updates * suffix.micro_batches * 2 * prefix.gather_s
+        seconds["prefix backward"] = updates * (max(backward, moved) + prefix.messages_back_s + prefix.gather_s)
+        if not frozen and setup.sharded:
+            seconds["gradients"] = updates * 2 * (suffix.micro_batches + 1) * prefix.gather_s
+        passes += (updates - 1) + updates * (2 + again)
+        flops += (updates - 1) * prefix.flops + updates * (1 + products) * suffix.flops
+        flops += updates * (products * prefix.flops_products + 2 * prefix.flops_attention)
+    rounds = ceil(work.prefixes / groups)
+    seconds = {name: rounds * value for name, value in seconds.items()}
+    if work.trains:
+        seconds["optimizer"] = work.updates * prefix.optimizer_s
+    return Cost(passes=passes, flops=flops, seconds=seconds)
+
+
+def encode_seconds(shape: ModelShape, work: Work, setup: Setup, device: Device) -> float:
+    """Of one prompt's frames through the tower, by one process: before their embeddings are in the cache."""
+    return 2 * shape.tower_parameters * work.video_patches / (device.flops[setup.weight_bytes] * device.products)
+
+
+class _Pass:
+    """One forward pass over a prefix. The last layer is left at its keys and values."""
+
+    def __init__(self, shape: ModelShape, work: Work, setup: Setup, device: Device) -> None:
+        tally = Tally(shape, work, setup, device)
+        layers, length = shape.layers - 1, work.prompt_tokens
+        rate, heads = device.flops[setup.compute_bytes], shape.heads * shape.head_dim
+        self.flops_products = 2.0 * layers * shape.layer_matrices * length
+        self.flops_attention = 2.0 * layers * heads * length * length
+        self.flops = self.flops_products + self.flops_attention
+        self.products_s = self.flops_products / setup.sp / (rate * device.products)
+        padded = tally.a / heads  # query heads that are zeros are computed too
+        self.attention_s = self.flops_attention * padded / setup.sp / (rate * device.attention)
+        self.forward_s = self.products_s + self.attention_s
+        speed = device.link * device.movement
+        exchanged = tally.tokens * (2 * tally.a + 2 * tally.kv) * tally.b * (setup.ulysses - 1) / setup.ulysses
+        passed_on = tally.prefix_kv / shape.layers * (setup.ring - 1)
+        self.messages_s = layers * (exchanged + passed_on) / speed
+        # backward, the gradients of keys and values go round with them
+        self.messages_back_s = layers * (exchanged + 2 * passed_on) / speed
+        whole = tally.b * shape.trunk_parameters * (setup.sp - 1) / setup.sp
+        self.gather_s = whole / speed if setup.sharded else 0.0
+        # weight, gradient and two moments are read, three of them written
+        trained = tally.steady().get("gradients", 0.0)
+        self.optimizer_s = 7 * trained / (device.bandwidth * device.movement)
+
+
+class _Suffix:
+    """All streams after one prefix."""
+
+    def __init__(self, shape: ModelShape, work: Work, setup: Setup, device: Device) -> None:
+        tally = Tally(shape, work, setup, device)
+        rate, tokens = device.flops[setup.compute_bytes], work.suffix_tokens
+        weights = shape.layers * shape.layer_matrices + shape.vocabulary * shape.width
+        attention = 4.0 * shape.layers * shape.heads * shape.head_dim * (work.prompt_tokens + work.response_tokens / 2)
+        self.flops = tokens * (2.0 * weights + attention)
+        per_token = 2.0 * weights / device.products + attention / device.attention
+        self.forward_s = tokens * per_token / setup.sp / rate
+        self.micro_batches = ceil(tokens / max(1, tally.micro_batch * setup.sp))
+        streams, speed = min(work.group_size, work.max_streams), device.bandwidth * device.movement
+        turns = ceil(work.group_size / streams)
+        read = tally.b * weights + tally.prefix_kv * tally.wide / tally.b
+        computed = streams * self.flops / tokens / rate / device.products / setup.sp
+        messages = (setup.ulysses > 1) + (setup.ring > 1)
+        launched = shape.layers * (OPERATIONS * device.launch_s + messages * LATENCY_S)
+        self.decode_s = turns * work.response_tokens * (max(read / speed, computed) + launched)

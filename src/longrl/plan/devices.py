@@ -1,0 +1,116 @@
+"""What a plan takes a device to be capable of. None of these figures was measured by this project: rates and memory are
+those of the makers' data sheets, the shares of them that are reached are assumptions, so planned times are estimates.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+GIB = 2**30
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Device:
+    """Of one process."""
+
+    name: str
+    memory_bytes: int
+    flops: dict[int, float]
+    """Peak operations a second in products of numbers of so many bytes."""
+    bandwidth: float
+    """Bytes a second from its memory."""
+    link: float
+    """Bytes a second that a process sends to others of its node."""
+    host_link: float
+    """Bytes a second to host memory."""
+    launch_s: float
+    """Of one small operation in eager mode: what bounds decoding a few streams."""
+    products: float = 0.6
+    """Share of the peak rate that large products reach."""
+    attention: float = 0.45
+    """Share that attention over long sequences reaches."""
+    movement: float = 0.7
+    """Share that copies and messages reach."""
+    usable: float = 0.92
+    """Share of the memory that may be planned: the rest goes to fragmentation."""
+    runtime_bytes: int = int(1.5e9)
+    """What a process takes before it holds any tensor: driver, libraries, communication buffers."""
+
+    @property
+    def is_cpu(self) -> bool:
+        return self.name == "CPU"
+
+    @property
+    def planned_bytes(self) -> int:
+        """For tensors."""
+        return int(self.memory_bytes * self.usable) - self.runtime_bytes
+
+
+GPUS = {
+    "A100-80G": Device(
+        name="A100-80G",
+        memory_bytes=80 * GIB,
+        flops={2: 312e12, 4: 19.5e12, 8: 19.5e12},
+        bandwidth=2.0e12,
+        link=300e9,
+        host_link=32e9,
+        launch_s=8e-6,
+    ),
+    "H100": Device(
+        name="H100",
+        memory_bytes=int(79.6 * GIB),
+        flops={2: 989e12, 4: 67e12, 8: 67e12},
+        bandwidth=3.35e12,
+        link=450e9,
+        host_link=64e9,
+        launch_s=6e-6,
+        products=0.5,
+        attention=0.4,
+    ),
+    "H200": Device(
+        name="H200",
+        memory_bytes=139 * GIB,
+        flops={2: 989e12, 4: 67e12, 8: 67e12},
+        bandwidth=4.8e12,
+        link=450e9,
+        host_link=64e9,
+        launch_s=6e-6,
+        products=0.5,
+        attention=0.4,
+    ),
+}
+DEVICES = (*GPUS, "CPU")
+
+
+def find_device(name: str, processes: int = 1) -> Device:
+    """By name; `CPU` is this machine, a share of it for each of so many processes.
+
+    Raises:
+        ValueError: no such device.
+    """
+    if name in GPUS:
+        return GPUS[name]
+    if name != "CPU":
+        raise ValueError(f"no device {name!r}; known: {', '.join(DEVICES)}")
+    cores = max(1.0, len(os.sched_getaffinity(0)) / processes) if hasattr(os, "sched_getaffinity") else 1.0
+    return Device(
+        name="CPU",
+        memory_bytes=_machine_bytes() // processes,
+        flops={2: 60e9 * cores, 4: 60e9 * cores, 8: 30e9 * cores},
+        bandwidth=10e9,
+        link=2e9,
+        host_link=5e9,
+        launch_s=1e-5,
+        runtime_bytes=int(0.2e9),
+    )
+
+
+def _machine_bytes() -> int:
+    """Of memory: the machine's, or what its control group may have."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:
+        return min(total, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    except (OSError, ValueError):
+        return total

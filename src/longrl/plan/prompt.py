@@ -1,0 +1,109 @@
+"""How many tokens the prompts of a configuration have: of its first videos, where they are there, else at most."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import ceil
+from pathlib import Path
+
+from longrl.config import DataRunConfig
+from longrl.data.examples import load_examples
+from longrl.models.qwen_processor import frame_size
+from longrl.plan.shapes import ModelShape, VisionShape
+from longrl.types import Clip, Example, MediaError
+
+PROBED = 8
+"""Videos whose packets are read: a tenth of a second each for an hour."""
+TEXT_TOKENS = 512
+"""Of question and template, where no row says."""
+TEMPLATE_TOKENS = 64
+SPAN_S = 3600.0
+"""Assumed of a video where no row says."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptSize:
+    """Of the longest prompt that was looked at."""
+
+    video_tokens: int
+    text_tokens: int
+    frames: int
+    merge: int
+    source: str
+    """What it was taken from."""
+
+    @property
+    def tokens(self) -> int:
+        return self.video_tokens + self.text_tokens
+
+    @property
+    def patches(self) -> int:
+        """That the tower reads."""
+        return self.video_tokens * self.merge**2
+
+
+def prompt_size(config: DataRunConfig, shape: ModelShape) -> PromptSize:
+    """From the first rows of the data where they and their videos can be read, else the most that `video` allows."""
+    path = config.data.eval if config.kind == "eval" else config.data.train  # pyright: ignore[reportAttributeAccessIssue]
+    vision = shape.vision
+    if path is None or not Path(path).is_file() or vision is None:
+        why = "there is no vision tower" if vision is None else "the data are not there"
+        return _most(config, vision, f"the most that `video` allows, as {why}")
+    try:
+        examples = load_examples(path, config.data.model_copy(update={"on_error": "skip"}), config.video)
+        sizes = _measured(examples, vision)
+    except (ImportError, ValueError) as error:
+        return _most(config, vision, f"the most that `video` allows ({error})")
+    longest = max(sizes, key=lambda size: size[1])
+    text = max(_text_tokens(example) for example in examples)
+    source = f"the longest of {len(sizes)} videos in {path}" + (
+        f", the first of {len(examples)} rows" * (len(sizes) == PROBED)
+    )
+    return PromptSize(frames=longest[0], video_tokens=longest[1], text_tokens=text, merge=vision.merge, source=source)
+
+
+def _most(config: DataRunConfig, vision: VisionShape | None, source: str) -> PromptSize:
+    video = config.video
+    if vision is None:
+        return PromptSize(frames=0, video_tokens=0, text_tokens=TEXT_TOKENS, merge=1, source=source)
+    if video.num_frames is not None:
+        frames = video.num_frames
+    else:
+        assert video.fps is not None
+        frames, source = ceil(video.fps * SPAN_S), f"{source}, of one hour"
+    limit = min(vision.max_pixels, video.max_pixels or vision.max_pixels)
+    tokens = ceil(frames / vision.temporal) * max(1, limit // vision.factor**2)
+    return PromptSize(frames=frames, video_tokens=tokens, text_tokens=TEXT_TOKENS, merge=vision.merge, source=source)
+
+
+def _measured(examples: list[Example], vision: VisionShape) -> list[tuple[int, int]]:
+    """(frames, tokens) of the first examples with different videos."""
+    first: dict[str, Example] = {}
+    for example in examples:
+        if example.clips:
+            first.setdefault(example.clips[0].path, example)
+    return [
+        tuple(map(sum, zip(*(_clip_size(clip, vision) for clip in example.clips), strict=True)))  # pyright: ignore
+        for example in list(first.values())[:PROBED]
+    ]
+
+
+def _clip_size(clip: Clip, vision: VisionShape) -> tuple[int, int]:
+    """(frames, tokens), as encoding will make them."""
+    from longrl.video.probe import probe
+    from longrl.video.sample import sample_times
+
+    info = probe(clip.path)
+    end_s = info.duration_s if clip.end_s is None else min(clip.end_s, info.duration_s)
+    if end_s <= clip.start_s:
+        raise MediaError(f"{clip.path}: the span begins at {clip.start_s:g} s, the video ends at {end_s:g} s")
+    frames = len(sample_times(clip.start_s, end_s, fps=clip.fps, num_frames=clip.num_frames))
+    limit = min(vision.max_pixels, clip.max_pixels or vision.max_pixels)
+    height, width = frame_size(info.height, info.width, vision.factor, min(vision.min_pixels, limit), limit)
+    return frames, ceil(frames / vision.temporal) * (height // vision.factor) * (width // vision.factor)
+
+
+def _text_tokens(example: Example) -> int:
+    """At most: a token has one byte at least."""
+    parts = (part for message in example.messages for part in message.content if isinstance(part, str))
+    return TEMPLATE_TOKENS + sum(len(part.encode()) for part in parts)

@@ -1,0 +1,81 @@
+"""A plan as lines of text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from longrl.plan.devices import GIB
+from longrl.plan.plan import Plan
+
+
+def plan_lines(plan: Plan) -> Iterator[str]:
+    """Sizes are those of one process. What was assumed is called estimated."""
+    shape, prompt, work, setup, device = plan.shape, plan.prompt, plan.work, plan.setup, plan.device
+    if shape.source is not None:
+        yield f"           sizes as published; it is not here yet: download it from {shape.source}"
+    video = f"{prompt.frames:,} frames give {prompt.video_tokens:,}, text {prompt.text_tokens:,}"
+    yield f"prompt     {prompt.tokens:,} tokens: {video}"
+    yield f"           {prompt.source}"
+    yield (
+        f"layout     {_count(plan.processes, 'process', 'processes')} ({device.name}); {setup.sp} for each prompt "
+        f"(Ulysses {setup.ulysses} x ring {setup.ring}), weights {'shared out' if setup.sharded else 'whole on each'}"
+    )
+    yield f"           {_memory_keys(plan)}"
+    if work.trains:
+        passes = f"{plan.cost.passes:.2f} over each prompt, in forward passes"
+        yield f"passes     {passes}; {plan.cost.flops:.2g} operations"
+    room = f"of {_size(device.memory_bytes)}, {_size(device.planned_bytes)} may be planned"
+    yield f"memory     {_size(plan.memory.peak_bytes)} a process at the peak, in the {plan.memory.peak_phase}; {room}"
+    for part, size in sorted(plan.memory.parts.items(), key=lambda item: -item[1]):
+        yield f"           {_size(size):>11}  {part}"
+    yield "           other phases: " + ", ".join(
+        f"{phase} {_size(sum(parts.values()))}"
+        for phase, parts in plan.memory.phases.items()
+        if phase != plan.memory.peak_phase
+    )
+    if plan.memory.host:
+        yield f"host       {_size(plan.memory.host_bytes)} a process, pinned: {', '.join(plan.memory.host)}"
+    times = ", ".join(f"{phase} {_seconds(value)}" for phase, value in plan.cost.seconds.items())
+    what = f"a step of {work.prefixes} prompts" if work.trains else "a video"
+    yield f"time       {_seconds(plan.cost.total_s)} for {what} (estimated): {times}"
+    if prompt.patches:
+        yield f"           and {_seconds(plan.encode_s)} to encode each video, once (estimated, without decoding it)"
+    yield f"fits       {'yes' if plan.fits else 'no'}"
+
+
+def refusal(plan: Plan) -> str:
+    """Why a plan does not fit, and what would make it, in one line."""
+    need = plan.memory.peak_bytes + (plan.memory.host_bytes if plan.device.is_cpu else 0)
+    here = "this machine's CPU (--device plans for another)" if plan.device.is_cpu else f"one {plan.device.name}"
+    text = (
+        f"a step needs {_size(need)} a process, on {here} {_size(plan.device.planned_bytes)} may be planned, "
+        f"{_size(need - plan.device.planned_bytes)} too few"
+    )
+    if plan.change is None:
+        return f"{text}; no layout, recomputation, adapters or fewer frames would make it fit"
+    keys, memory = plan.change
+    changes = " ".join(f"{key}={value}" for key, value in keys.items())
+    return f"{text}; {_size(memory.peak_bytes)} with {changes}"
+
+
+def _memory_keys(plan: Plan) -> str:
+    setup = plan.setup
+    parts = [f"recompute {setup.recompute}"]
+    parts += ["offload"] if setup.offload else []
+    parts += [f"MLP in tiles of {setup.mlp_tile_tokens:,}"] if setup.mlp_tile_tokens else []
+    parts += [f"LoRA of rank {setup.lora_rank}"] if setup.lora_rank else []
+    return ", ".join([*parts, f"weights of {setup.weight_bytes} bytes, computed in {setup.compute_bytes}"])
+
+
+def _size(size: float) -> str:
+    if size < GIB:
+        return f"{size / 2**20:,.0f} MiB"
+    return f"{size / GIB:.2f} GiB" if size < 10 * GIB else f"{size / GIB:,.1f} GiB"
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.2g} s" if value < 10 else f"{value:,.0f} s"
+
+
+def _count(count: int, one: str, many: str) -> str:
+    return f"{count} {one if count == 1 else many}"

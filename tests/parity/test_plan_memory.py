@@ -1,0 +1,83 @@
+"""The planner's sum of memory = what a fused step (prefill, decode, update, optimizer) really takes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import asdict, replace
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from longrl.plan.devices import find_device
+from longrl.plan.memory import plan_memory
+from longrl.plan.shapes import SHAPES
+from longrl.plan.work import Memory, Setup, Work
+from tests.parity.memory import Step
+
+BOUND = 0.15
+LINEARS = tuple(SHAPES["tiny:qwen2_5_vl"].linears)
+WORK = Work(prompt_tokens=2048, group_size=8, response_tokens=4)
+SETUPS = {
+    "none": Setup(),
+    "layer": Setup(recompute="layer"),
+    "keep_attention": Setup(recompute="keep_attention"),
+    "layer, offload": Setup(recompute="layer", offload=True),
+    "layer, tiles": Setup(recompute="layer", mlp_tile_tokens=256),
+    "none, tiles": Setup(mlp_tile_tokens=256),
+    "none, bf16": Setup(weight_bytes=2, compute_bytes=2),
+    "layer, LoRA": Setup(recompute="layer", lora_rank=8, lora_targets=LINEARS),
+    "all, LoRA beside bf16": Setup(
+        recompute="keep_attention",
+        mlp_tile_tokens=256,
+        lora_rank=8,
+        lora_targets=LINEARS,
+        weight_bytes=2,
+        compute_bytes=2,
+    ),
+}
+
+
+def planned(step: Step, work: Work, setup: Setup) -> Memory:
+    return plan_memory(step.shape, work, setup, find_device("CPU"))
+
+
+@cache
+def live_bytes(work: Work, setup: Setup) -> int:
+    return Step(work, setup).peak_live_bytes()
+
+
+@pytest.mark.parametrize("setup", SETUPS.values(), ids=SETUPS.keys())
+def test_live_tensors_peak_where_planned(setup):
+    memory = planned(Step(WORK, setup), WORK, setup)
+    # on the CPU, what is offloaded stays in the memory that is counted
+    assert live_bytes(WORK, setup) == pytest.approx(memory.peak_bytes + memory.host_bytes, rel=BOUND)
+
+
+def test_live_tensors_do_not_depend_on_prompts_in_the_batch_or_rollouts():
+    setup = SETUPS["layer"]
+    work = replace(WORK, prompt_tokens=1024)
+    one = live_bytes(work, setup)
+    gradients = planned(Step(work, setup), work, setup).parts["gradients"]
+    # from the second prompt on the first one's gradients are there, which are planned for any number of prompts
+    two = live_bytes(replace(work, prefixes=2), setup)
+    assert two <= one + gradients
+    assert live_bytes(replace(work, prefixes=3), setup) == pytest.approx(two, rel=1e-3)  # token ids
+    assert live_bytes(replace(work, group_size=16), setup) == pytest.approx(one, rel=BOUND)
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the system does not tell")
+@pytest.mark.parametrize("name", ["none", "layer"])
+def test_resident_memory_grows_as_planned(name):
+    """In a process of its own. Blocks of a megabyte and more go back to the system when they are freed."""
+    setup = SETUPS[name]
+    arguments = json.dumps({"work": asdict(WORK), "setup": asdict(setup)})
+    command = [sys.executable, "-m", "tests.parity.memory", arguments]
+    returning = {"MALLOC_MMAP_THRESHOLD_": "1000000", "MALLOC_TRIM_THRESHOLD_": "1000000", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=os.environ | returning, capture_output=True, text=True, timeout=120, check=True)
+    memory = planned(Step(WORK, setup), WORK, setup)
+    before = sum(memory.phases["optimizer"].values()) - memory.parts["gradients"]
+    assert int(done.stdout) == pytest.approx(memory.peak_bytes - before, rel=BOUND)
