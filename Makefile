@@ -4,7 +4,7 @@ BIN := .venv/bin
 INSTALL = $(BIN)/python -m pip install --disable-pip-version-check -c constraints/cpu.txt
 REQUIREMENTS := pyproject.toml constraints/cpu.txt
 
-.PHONY: setup quickstart seeds warm-start test lint docs
+.PHONY: setup quickstart seeds warm-start test lint docs benchmarks
 
 setup: .venv/dev.stamp
 
@@ -28,6 +28,10 @@ lint: .venv/dev.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+
+# docs/benchmarks.md and its figures: 25 minutes on two cores that have nothing else to do.
+benchmarks: .venv/core.stamp
+	$(BIN)/python benchmarks/step.py
 
 docs: .venv/core.stamp
 	$(BIN)/python docs/make_config_page.py

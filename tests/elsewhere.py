@@ -18,8 +18,13 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 DEVICE = torch.device("meta")
 """A name that PyTorch knows without a GPU."""
-ALLOWED = {torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default, torch.ops.aten.index.Tensor}
-"""Copies, and indices on the CPU into what is on the device."""
+ALLOWED = {
+    torch.ops.aten._to_copy.default,
+    torch.ops.aten.copy_.default,
+    torch.ops.aten.index.Tensor,
+    torch.ops.aten.index_put.default,
+}
+"""Copies, and indices on the CPU into what is on the device, with their backward."""
 
 
 _alive: list[weakref.ref[torch.Tensor]] = []

@@ -117,7 +117,7 @@ def check(
 @app.command()
 def generate(
     prompt: Annotated[str, typer.Argument(help="The question.")],
-    model: Annotated[str, typer.Option(help="A Hugging Face folder.")],
+    model: Annotated[str, typer.Option(help="A Hugging Face folder, or one of adapters.")],
     video: Annotated[str | None, typer.Option(help="A video file to ask about.")] = None,
     fps: Fps = None,
     num_frames: NumFrames = None,
@@ -144,6 +144,18 @@ def generate(
 
 
 @app.command()
+def verify(
+    model: Annotated[str, typer.Option(help="A Hugging Face folder, or tiny:FAMILY.")],
+    sp: Annotated[int, typer.Option(min=1, help="Also split a prompt over so many processes, started here.")] = 1,
+    dtype: Annotated[str, typer.Option(help="fp64, fp32 or bf16.")] = "fp32",
+) -> None:
+    """Check that a model, on this machine, computes what the slow way computes."""
+    from longrl.verify import verify_command
+
+    verify_command(model, sp, dtype)
+
+
+@app.command()
 def export(
     run: Annotated[Path, typer.Argument(help="A run directory.")],
     out: Annotated[Path, typer.Option(help="The folder to write; must be empty or absent.")],
@@ -160,15 +172,25 @@ def bench_step(
     prompt_tokens: Annotated[int, typer.Option(min=2)] = 4096,
     group_size: Annotated[int, typer.Option(min=1, help="Responses.")] = 8,
     response_tokens: Annotated[int, typer.Option(min=1)] = 64,
-    repeats: Annotated[int, typer.Option(min=1, help="Timed runs of each path, after one that is not.")] = 3,
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; all if not given.")] = None,
+    video_tokens: Annotated[int, typer.Option(min=0, help="Of the prompt; synthetic frames are encoded.")] = 0,
+    sp: Annotated[int, typer.Option(min=1, help="Processes, started here.")] = 1,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed runs of each path; fewer of one that takes a minute.")] = 3,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of all processes; all if not given.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """One training step along several paths: the prompt once, or once for every response."""
-    from longrl.bench import Work, bench_step
+    from longrl.bench.work import Work
 
-    work = Work(prompt_tokens=prompt_tokens, group_size=group_size, response_tokens=response_tokens)
-    bench_step(work, repeats, threads, as_json)
+    work = Work(
+        prompt_tokens=prompt_tokens,
+        group_size=group_size,
+        response_tokens=response_tokens,
+        video_tokens=video_tokens,
+        sp=sp,
+    )
+    from longrl.bench.table import bench_step as measure_and_print
+
+    measure_and_print(work, repeats, threads or os.cpu_count() or 1, as_json)
 
 
 @cache_app.command("build")

@@ -5,68 +5,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-
-class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
-
-
-class LoraConfig(Section):
-    """Low-rank adapters beside frozen weights (peft)."""
-
-    rank: Annotated[int, Field(ge=1)] = 16
-    alpha: Annotated[float, Field(gt=0)] = 32.0
-    """What an adapter computes is multiplied by alpha / rank."""
-    targets: tuple[str, ...] | None = None
-    """Names of linear layers in the language model's decoder layers (`q_proj`); null: all of them."""
-
-    @field_validator("targets")
-    @classmethod
-    def _some(cls, targets: tuple[str, ...] | None) -> tuple[str, ...] | None:
-        if targets is not None and not targets:
-            raise ValueError("targets is empty, so nothing would be trained; name some, or null for all")
-        return targets
-
-
-class ModelConfig(Section):
-    path: str
-    """A Hugging Face folder, or `tiny:FAMILY` for the family's random-weight twin (`tiny:qwen2_5_vl`). Evaluation takes
-    a folder with adapters too."""
-    dtype: Literal["float32", "bfloat16", "float64"] = "float32"
-    """Of the weights as they are stored and updated."""
-    compute_dtype: Literal["bfloat16"] | None = None
-    """Of the language model's passes, in which it gets a copy of the weights, a layer at a time; null: as `dtype`."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """`auto`: a GPU where there is one."""
-    train: tuple[Literal["language", "projector", "tower"], ...] = ("language",)
-    """Which parts learn. With the vision tower, or the projector behind it, every step embeds its videos anew."""
-    lora: LoraConfig | None = None
-    """Train adapters and leave the model as it is; null: train its weights."""
-
-    @model_validator(mode="after")
-    def _something_learns(self) -> ModelConfig:
-        if not self.train:
-            raise ValueError("train is empty, so nothing would be trained; name language, projector or tower")
-        if self.lora and self.train != ("language",):
-            raise ValueError(f"lora trains the language model alone, but train is {list(self.train)}; leave one out")
-        return self
-
-    @property
-    def trains_encoder(self) -> bool:
-        return "projector" in self.train or "tower" in self.train
-
-    @property
-    def is_as_it_is(self) -> bool:
-        """Whether nothing is said about how it is trained."""
-        return self.lora is None and self.train == ("language",)
-
-    def at(self, path: str | Path) -> ModelConfig:
-        """The same, of another checkpoint."""
-        return self.model_copy(update={"path": str(path)})
+from longrl.model_config import LoraConfig as LoraConfig
+from longrl.model_config import ModelConfig, Section
 
 
 class VideoConfig(Section):
@@ -260,7 +204,7 @@ class AnswerConfig(Section):
 
     rollout: RolloutConfig = RolloutConfig()
     """Sampling. Evaluation takes the number of answers, temperature, top_k and top_p from `eval`."""
-    rewards: dict[str, float] = {"format": 0.1, "answer": 0.9}
+    rewards: dict[str, float] = Field(default={"format": 0.1, "answer": 0.9})
     """Reward name -> weight. A name in the registry or `package.module:attr`."""
     eval: EvalConfig = EvalConfig()
 
@@ -335,8 +279,8 @@ class RlConfig(AnswerConfig, TrainConfig):
             )
         if self.model.trains_encoder and self.algo.updates_per_batch > 1:
             raise ValueError(
-                f"algo.updates_per_batch is {self.algo.updates_per_batch}, but model.train is {list(self.model.train)}: "
-                "the second update would need other embeddings; set it to 1, or train the language model alone"
+                f"algo.updates_per_batch is {self.algo.updates_per_batch}, model.train {list(self.model.train)}: "
+                "but videos are embedded once a step; set it to 1, or train the language model alone"
             )
         return self
 

@@ -108,7 +108,7 @@ class Policy:
         In a sequence group that is this rank's share; `sum_gradients` adds the others' before the optimizer step.
         """
         leaves, batches = prefix.leaves(), list(micro_batches(streams))
-        gradients = gather_gradients(leaves.kv(), passes=len(batches))
+        gradients = collect_gradients(leaves.kv(), passes=len(batches))
         for rows in batches:
             logprobs, entropy = self.trunk("suffix", leaves, streams[rows], temperature)
             loss(logprobs, entropy, rows).backward()
@@ -190,7 +190,7 @@ def _choose(family: Family, train: Collection[str]) -> list[torch.nn.Parameter]:
     return [p for part in ("tower", "projector") if part in train for p in family.encoder_parameters(part)]
 
 
-def gather_gradients(leaves: Sequence[Tensor], passes: int) -> Callable[[], list[Tensor]]:
+def collect_gradients(leaves: Sequence[Tensor], passes: int) -> Callable[[], list[Tensor]]:
     """Called before backward passes; what it returns gives, after them, each leaf's summed gradient.
 
     Those of bfloat16 leaves are added up in fp32 where there are several passes; a single one rounds once, whatever the

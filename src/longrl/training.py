@@ -124,7 +124,7 @@ class Training:
             sum_gradients(self.optimizer.parameters, self.ranks.dp if self.sharded else self.ranks.everyone)
             sum_gradients(self.optimizer.encoder, self.ranks.everyone)
         norm, lr = self.optimizer.step(step, count, ids)
-        if self.policy.encoder:  # no rank needs them any more, and nobody will again
+        if self.policy.encoder and step > 1:  # before, they are those of a model that others may look with too
             self.build.cache.remove(self._drawn)
         self.policy.version = step
         return norm, lr

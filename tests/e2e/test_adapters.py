@@ -144,4 +144,4 @@ def test_adapters_are_evaluated_and_asked_but_trained_no_further(trained, datase
         train_sft(sft_config(dataset, tmp_path, model={"path": str(adapter)}))
     said = longrl("eval", rows, "model.lora={rank: 4}")
     assert said.returncode == 2
-    assert "model: lora says how a model is trained, not asked" in said.stderr
+    assert "model: lora and train say how a model is trained" in said.stderr

@@ -16,15 +16,21 @@ from longrl.train_sft import train_sft
 from tests.e2e.conftest import rl_config, sft_config
 from tests.e2e.test_training import EVEN, same_bits, weights
 
+FROZEN = {"path": "tiny:qwen2_5_vl"}
+
 
 def test_resume_is_bit_identical_and_no_embedding_is_used_twice(dataset, tmp_path):
-    """Each step embeds its videos with the weights it has, and leaves nothing in the cache."""
-    model = {"path": "tiny:qwen2_5_vl", "train": ["language", "projector", "tower"]}
+    """Each step embeds its videos with the weights it has, and leaves none in the cache but those of the base."""
+    model = {**FROZEN, "train": ["language", "projector", "tower"]}
     common = {"model": model, "steps": 4, "cache": {"dir": str(tmp_path / "cache")}}
     whole = train_sft(sft_config(dataset, tmp_path, **common, run_dir=str(tmp_path / "whole")))
     lines = read_metrics(tmp_path / "whole" / "metrics.jsonl")
     assert [line["cache/hit_rate"] for line in lines] == [0, 0, 0, 0]
-    assert not list((tmp_path / "cache").glob("*/*.safetensors"))
+    left = list((tmp_path / "cache").glob("*/*.safetensors"))
+    train_sft(sft_config(dataset, tmp_path, **{**common, "steps": 1, "model": FROZEN}, run_dir=str(tmp_path / "base")))
+    assert read_metrics(tmp_path / "base" / "metrics.jsonl")[0]["cache/hit_rate"] == 1
+    assert sorted(left) == sorted((tmp_path / "cache").glob("*/*.safetensors"))
+    assert 1 <= len(left) <= 2
     config = sft_config(dataset, tmp_path, **common, checkpoint={"every_steps": 2, "keep": 9})
     train_sft(config)
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "step_000004")

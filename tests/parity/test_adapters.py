@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,6 +18,7 @@ from longrl.models import adapters, load_family
 from longrl.models.qwen_vl import Qwen25VL
 from longrl.models.streams import make_streams
 from longrl.policy import AdaptersOff, Policy
+from tests.elsewhere import DEVICE, elsewhere
 from tests.parity.test_shared_prefix import gradients, largest_difference, make_prompts, plain, responses_of
 
 QUESTIONS = ["what comes first?", "where is the red circle?"]
@@ -126,6 +128,28 @@ def test_a_reference_pass_between_forward_and_backward_changes_no_gradient():
         policy.backward(prefix, streams, lambda logprobs, entropy, part: logprobs.sum())
         found.append(gradients(family))
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+
+
+def test_on_another_device():
+    """As tests/parity/test_device.py, with a reference pass too."""
+    found = []
+    for device in (None, DEVICE):
+        with elsewhere() if device else nullcontext():
+            family = with_adapters("float64")
+            if device:
+                family.model.to(device)
+                family.model.tie_weights()
+            policy = Policy(family, memory=MemoryConfig(recompute="layer", mlp_tile_tokens=40))
+            prompts, off = make_prompts(family, 90, QUESTIONS), AdaptersOff(policy)
+            prefix = policy.prefix(prompts)
+            streams = make_streams(prompts, responses_of(family, [7, 3]), prefix.length)
+            reference, _ = off.logprobs(off.prefix(prompts), streams)
+            policy.backward(prefix, streams, lambda logprobs, entropy, rows: logprobs.sum())
+            found.append((reference, {name: getattr(x, "_inner", x) for name, x in gradients(family).items()}))
+    (ours, grads), (theirs, there) = found
+    assert (ours - theirs).abs().max() < 1e-12
+    # another kernel, which orders sums otherwise; the norms round to fp32
+    assert largest_difference(there, grads) < 1e-7
 
 
 def test_what_is_saved_is_what_is_loaded(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 
 import numpy as np
@@ -16,6 +17,7 @@ from longrl.policy import Policy
 from longrl.types import Clip, Example, Message, Prompt
 from longrl.video.decode import read_frames
 from longrl.video.encode import embed
+from tests.elsewhere import DEVICE, elsewhere
 from tests.parity.test_shared_prefix import gradients, largest_difference, responses_of
 from tests.unit.media import render
 
@@ -103,6 +105,23 @@ def test_gradients_equal_one_graph_through_everything(monkeypatch, clips, dtype,
     assert largest_difference(ours, theirs) < bound
 
 
+def test_on_another_device(clips):
+    """As tests/parity/test_device.py: cached embeddings and frames are on the CPU, the model is not."""
+    found = []
+    for device in (None, DEVICE):
+        family, prompts = make(torch.float64, clips)
+        with elsewhere() if device else nullcontext():
+            if device:
+                family.model.to(device)
+                family.model.tie_weights()
+            policy = Policy(family, train=("language", "projector", "tower"))
+            prefix = policy.prefix(prompts)
+            streams = make_streams(prompts, responses_of(family, [7, 3]), prefix.length)
+            policy.backward(prefix, streams, lambda logprobs, entropy, rows: logprobs.sum())
+            found.append({name: getattr(x, "_inner", x) for name, x in gradients(family).items()})
+    assert largest_difference(found[1], found[0]) < 1e-7
+
+
 def test_the_frozen_rest_has_no_leaves_and_no_second_pass(monkeypatch, clips):
     """By default media enter as data, and nobody encodes again."""
     family, prompts = make(torch.float32, clips)
@@ -133,5 +152,5 @@ def test_embeddings_are_named_after_the_weights_that_made_them(clips):
 def test_a_file_that_lost_frames_since_is_noticed(clips):
     family, prompts = make(torch.float32, clips)
     media, short = prompts[0].media[0], replace(clips[0], num_frames=4)
-    with pytest.raises(AssertionError, match="12 embeddings, 30 before"):
+    with pytest.raises(AssertionError, match="2 temporal patches, 5 before"):
         family.encode_backward(replace(media, clip=short), slice(0, 30), torch.zeros(30, 128))

@@ -14,7 +14,7 @@ from longrl.models.qwen_vl import Qwen25VL
 from longrl.models.streams import make_streams
 from longrl.optim import Optimizer
 from longrl.parallel.shard import local
-from longrl.policy import Policy, gather_gradients
+from longrl.policy import Policy, collect_gradients
 from longrl.rollout.native import NativeEngine
 from longrl.types import Example
 from tests.parity.test_adapters import run, with_adapters
@@ -117,7 +117,7 @@ def test_gradients_of_keys_add_up_in_fp32():
     errors = []
     for passes in (64, 1):  # 1: as if a single pass followed, which needs no fp32 sum
         leaf = torch.zeros(1000, dtype=BF16, requires_grad=True)
-        collect = gather_gradients([leaf], passes)
+        collect = collect_gradients([leaf], passes)
         for part in parts:
             (leaf * part).sum().backward()
         [total] = collect()
@@ -136,7 +136,7 @@ def test_many_passes_lose_no_more_than_one(monkeypatch):
     run(exact)
     for wide in (True, False):
         if not wide:  # bfloat16 sums, as without the hook
-            monkeypatch.setattr(policy_module, "gather_gradients", lambda leaves, passes: gather_gradients(leaves, 1))
+            monkeypatch.setattr(policy_module, "collect_gradients", lambda leaves, passes: collect_gradients(leaves, 1))
         policy = make(False, BF16)
         run(policy)
         policy.reshard()

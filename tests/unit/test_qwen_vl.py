@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -214,11 +215,16 @@ def test_encoder_id_tells_encoders_apart(tiny, tmp_path):
     assert body.encoder_id == tiny.encoder_id
 
 
-def test_encoder_id_is_hashed_once():
+def test_encoder_id_is_hashed_once_for_the_same_weights(monkeypatch):
+    hashed, sha256 = [], hashlib.sha256
+    monkeypatch.setattr(hashlib, "sha256", lambda data: hashed.append(data) or sha256(data))
     family = Qwen25VL.tiny(0, torch.float32)
     before = family.encoder_id
-    torch.nn.init.zeros_(next(family.model.model.visual.parameters()))
     assert family.encoder_id == before
+    assert len(hashed) == 1
+    torch.nn.init.zeros_(next(family.model.model.visual.parameters()))
+    assert family.encoder_id != before
+    assert len(hashed) == 2
 
 
 def test_a_video_too_narrow_is_named(tiny, tmp_path):

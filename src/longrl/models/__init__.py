@@ -41,7 +41,7 @@ def load_family(config: ModelConfig, seed: int = 0) -> Family:
         elif config.lora:
             pointer = os.path.abspath(base) if not base.startswith("tiny:") else _with_seed(base, seed)
             adapters.inject(family, config.lora, pointer, seed)
-    family.model.to(_device(config))
+    family.model.to(_device(config))  # pyright: ignore (its stubs take no device)
     return family
 
 

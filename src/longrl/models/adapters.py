@@ -88,10 +88,10 @@ def load(family: Family, folder: Path) -> None:
 
 def parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """The adapters' weights by name; none of a model without."""
-    layers = ((name, x) for name, x in model.named_modules() if isinstance(x, BaseTunerLayer))
     return {
         f"{name}.{key}": parameter
-        for name, layer in layers
+        for name, layer in model.named_modules()
+        if isinstance(layer, BaseTunerLayer)
         for key, parameter in layer.named_parameters()
         if key.startswith(tuple(layer.adapter_layer_names))
     }

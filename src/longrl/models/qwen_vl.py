@@ -248,8 +248,9 @@ class Qwen25VL:
     ) -> tuple[Tensor, tuple[int, int, int]]:
         embeds, grid_t, grid_hw = [], 0, (0, 0)
         for pixels in even_chunks(chunks, self._vision.temporal_patch_size):
-            rows, grid = self._see(pixels, max_pixels)
-            embeds.append(rows)
+            rows, grid = self.patches(pixels, max_pixels)
+            grids = torch.tensor([grid], device=rows.device)
+            embeds.append(self.model.model.visual(rows, grid_thw=grids).pooler_output)
             grid_t, grid_hw = grid_t + grid[0], grid[1:]
         return torch.cat(embeds), (grid_t, *grid_hw)
 
@@ -260,28 +261,24 @@ class Qwen25VL:
 
     def encode_backward(self, media: MediaEmbeds, span: slice, grads: Tensor) -> None:
         """A temporal patch attends to itself alone, so any division into whole ones gives what `encode` gave."""
-        from longrl.video.decode import read_frames
+        from longrl.video.decode import select_frames
 
         assert media.clip, f"media {media.key} comes from no clip"
         (t, h, w), temporal = media.grid_thw, self._vision.temporal_patch_size
-        tokens = h * w // self._vision.spatial_merge_size**2  # of a temporal patch
-        at_once = max(1, BACKWARD_PATCHES // (h * w)) * temporal
+        selected = select_frames(media.clip)
+        grids = -(-len(selected.chosen) // temporal)
+        assert grids == t, f"{media.clip.path}: {grids} temporal patches, {t} before"
         first = 0
-        for chunk in even_chunks(read_frames(media.clip), temporal):
-            for pixels in (chunk[i : i + at_once] for i in range(0, len(chunk), at_once)):
-                end = first + len(pixels) // temporal * tokens
-                here = slice(max(first, span.start), min(end, span.stop))
-                if here.start < here.stop:
-                    embeds, _ = self._see(pixels, media.clip.max_pixels)
-                    part = grads[here.start - span.start : here.stop - span.start]
-                    embeds[here.start - first : here.stop - first].backward(part.to(embeds))
-                first = end
-        assert first == t * tokens, f"{media.clip.path}: {first} embeddings, {t * tokens} before"
-
-    def _see(self, pixels: np.ndarray, max_pixels: int | None) -> tuple[Tensor, tuple[int, int, int]]:
-        """Embeddings and grid of whole temporal patches."""
-        rows, grid = self.patches(pixels, max_pixels)
-        return self.model.model.visual(rows, grid_thw=torch.tensor([grid], device=rows.device)).pooler_output, grid
+        for frames in selected.read(max(1, BACKWARD_PATCHES // (h * w)) * temporal):
+            end = first + -(-len(frames.pixels) // temporal) * h * w // self._vision.spatial_merge_size**2
+            here = slice(max(first, span.start), min(end, span.stop))
+            if here.start < here.stop:
+                embeds, _ = self.encode_frames([frames], media.clip.max_pixels)
+                part = grads[here.start - span.start : here.stop - span.start]
+                embeds[here.start - first : here.stop - first].backward(part.to(embeds))
+            first = end
+            if first >= span.stop:
+                break
 
     def patches(self, pixels: np.ndarray, max_pixels: int | None = None) -> tuple[Tensor, tuple[int, int, int]]:
         """Frames as the vision tower reads them: resized, normalised, cut into patches in merge order.

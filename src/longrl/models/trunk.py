@@ -183,8 +183,10 @@ class Trunk(nn.Module):
         for start, end in prompt.media_slots:
             if end > length:
                 raise AssertionError(f"the prefix of {length} tokens ends before its media at {start}:{end}")
-        pieces, media = zip(*(self._embed(prompt, tokens) for tokens in mine), strict=True)
-        hidden = torch.cat(pieces)[None]
+        media: list[MediaLeaf] = []
+        hidden = torch.cat([self._embed(prompt, tokens, media) for tokens in mine])[None]
+        if self.media_learns and torch.is_grad_enabled() and not hidden.requires_grad:
+            hidden.requires_grad_()  # a rank without media takes part in the exchanges of the others' backward
         positions = torch.cat([prompt.position_ids[:, tokens] for tokens in mine], 1)
         rope = self._rope(hidden, positions.to(hidden.device))
         keys, values = [], []
@@ -193,7 +195,7 @@ class Trunk(nn.Module):
             hidden, k, v = block(hidden, rope, exchange, leave=block is self.blocks[-1], offload=offload)
             keys.append(k)
             values.append(v)
-        return Prefix(keys, values, length, version, [leaf for leaves in media for leaf in leaves])
+        return Prefix(keys, values, length, version, media)
 
     def suffix(self, prefix: Prefix, streams: Streams, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
         """Log-probs and entropy of the streams' labelled tokens, given the prefix.
@@ -250,24 +252,21 @@ class Trunk(nn.Module):
         logits = self.head(self.norm(hidden))
         return (logits if logits.dtype == torch.float64 else logits.float()) / temperature
 
-    def _embed(self, prompt: Prompt, tokens: slice) -> tuple[Tensor, list[MediaLeaf]]:
-        """[T, D] of a prompt's tokens, media in their slots, and where the gradient of media will be, if it is wanted;
-        of media, which may be memory-mapped, no other rows are read."""
-        first, last, leaves = tokens.start, tokens.stop, []
-        learns = self.media_learns and torch.is_grad_enabled()
+    def _embed(self, prompt: Prompt, tokens: slice, leaves: list[MediaLeaf]) -> Tensor:
+        """[T, D] of a prompt's tokens, media in their slots; of media, which may be memory-mapped, no other rows are
+        read. Adds to `leaves` where the gradient of media will be, if it is wanted."""
+        first, last = tokens.start, tokens.stop
         hidden = self.embed(prompt.token_ids[tokens].to(self.device))
         for media, slot in zip(prompt.media, prompt.media_slots, strict=True):
             start, end = max(first, slot[0]), min(last, slot[1])
             if start < end:
                 span = slice(start - slot[0], end - slot[0])
                 rows = media.embeds[span].to(hidden)
-                if learns:
+                if self.media_learns and torch.is_grad_enabled():
                     rows = rows.detach().requires_grad_()
                     leaves.append(MediaLeaf(media=media, span=span, rows=rows))
                 hidden = torch.cat([hidden[: start - first], rows, hidden[end - first :]])
-        if learns and not hidden.requires_grad:
-            hidden.requires_grad_()  # a rank without media takes part in the exchanges of the others' backward
-        return hidden, leaves
+        return hidden
 
     def _rope(self, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """positions [axes, T] -> cos, sin as the family's rotary module makes them."""

@@ -59,11 +59,11 @@ def shard(
         after.set_modules_to_backward_prefetch([before])  # pyright: ignore
 
 
-def _alone() -> dist.ProcessGroup | None:
+def _alone() -> Any:
     """A group of this rank."""
     if not dist.is_initialized():  # a run of one process, which has none
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # pyright: ignore
     return dist.new_group([dist.get_rank()], use_local_synchronization=True)
 
 

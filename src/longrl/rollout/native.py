@@ -75,7 +75,7 @@ class NativeEngine:
             seeds: of all prompts, one after the other.
         """
         size = max(1, self.config.max_streams // self.config.group_size)
-        wide = [Prefix(*map(_widened, (x.keys, x.values)), x.length, x.policy_version) for x in prefixes]
+        wide = [Prefix(_widened(x.keys), _widened(x.values), x.length, x.policy_version) for x in prefixes]
         asked = [(prefix, prompt) for prefix, some in zip(wide, prompts, strict=True) for prompt in some]
         turns = [slice(start, start + size) for start in range(0, len(asked), size)]
         return [group for turn in turns for group in self._decode(asked[turn], seeds[turn])]

@@ -1,0 +1,120 @@
+"""`longrl verify` passes what is right and fails wrong attention, positions and encoders, broken at their seams."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from transformers import AttentionInterface
+
+from longrl.errors import run_guarded
+from longrl.models import FAMILIES, trunk
+from longrl.models.qwen_vl import Qwen25VL
+from longrl.verify import verify_command
+
+
+def verify(capsys, model: str = "tiny:qwen2_5_vl", sp: int = 1, dtype: str = "fp32") -> tuple[int, list[str], str]:
+    """The exit status, the lines printed, and what went to stderr."""
+    status = run_guarded(lambda: verify_command(model, sp, dtype), show_traceback=False)
+    out, err = capsys.readouterr()
+    return status, out.splitlines()[1:], err
+
+
+def failed(lines: list[str]) -> list[str]:
+    return [line.split("  ")[1] for line in lines if line.startswith("FAIL")]
+
+
+@pytest.mark.parametrize("dtype", ["fp64", "fp32", "bf16"])
+def test_the_twin_passes(capsys, dtype):
+    status, lines, err = verify(capsys, dtype=dtype)
+    assert (status, err) == (0, "")
+    assert [line[:4] for line in lines] == ["ok  "] * 4
+
+
+@pytest.mark.distributed
+def test_two_ranks_pass(capsys):
+    status, lines, _ = verify(capsys, sp=2)
+    assert status == 0
+    assert sum("2 ranks against one" in line for line in lines) == 2
+
+
+@pytest.fixture
+def broken_attention():
+    """A little too sharp: as if the scale were that of another head size."""
+    right = AttentionInterface()[trunk.ATTENTION]
+
+    def sharper(module, query, key, value, attention_mask, scaling=1.0, **kwargs):
+        return right(module, query, key, value, attention_mask, scaling=1.01 * scaling, **kwargs)
+
+    AttentionInterface.register(trunk.ATTENTION, sharper)
+    yield
+    AttentionInterface.register(trunk.ATTENTION, right)
+
+
+@pytest.mark.parametrize("dtype", ["fp64", "fp32"])
+def test_wrong_attention_fails(capsys, broken_attention, dtype):
+    status, lines, err = verify(capsys, dtype=dtype)
+    assert status == 1
+    assert "not all bounds hold" in err
+    claims = [
+        "gradients: shared prompt against separate sequences",
+        "log-probs: shared prompt against separate sequences",
+    ]
+    assert failed(lines) == claims
+
+
+class Stretched(torch.nn.Module):
+    """A video's time and place and the order of text, twice as far apart as they are."""
+
+    def __init__(self, rotary: torch.nn.Module) -> None:
+        super().__init__()
+        self.rotary = rotary
+
+    def forward(self, hidden, positions):
+        return self.rotary(hidden, 2 * positions)
+
+
+class WrongPositions(Qwen25VL):
+    def parts(self):
+        right = super().parts()
+        return replace(right, rotary=Stretched(right.rotary))
+
+
+class Restless(Qwen25VL):
+    """Encodes a clip differently every time."""
+
+    def encode(self, clip):
+        right = super().encode(clip)
+        return replace(right, embeds=right.embeds + 1e-6 * torch.randn(right.embeds.shape))
+
+
+@pytest.mark.parametrize(
+    ("family", "dtype", "claim"),
+    [
+        (WrongPositions, "fp32", "gradients: shared prompt against separate sequences"),
+        (WrongPositions, "bf16", "gradients: shared prompt against separate sequences"),
+        (Restless, "fp32", "embeddings: from the cache against live"),
+    ],
+)
+def test_a_broken_family_fails(capsys, monkeypatch, family, dtype, claim):
+    monkeypatch.setitem(FAMILIES, "broken", f"{__name__}:{family.__name__}")
+    status, lines, _ = verify(capsys, model="tiny:broken", dtype=dtype)
+    assert status == 1
+    assert claim in failed(lines)
+
+
+@pytest.mark.parametrize(
+    ("changed", "why"),
+    [
+        ({"model": "tiny:qwen"}, "no model family 'qwen'"),
+        ({"model": "nowhere"}, "not a Hugging Face folder"),
+        ({"sp": 3}, "3 = 1 x 2 + 1"),
+        ({"dtype": "fp8"}, "--dtype must be one of fp64, fp32, bf16"),
+    ],
+)
+def test_bad_input_is_one_line(capsys, changed, why):
+    status, lines, err = verify(capsys, **changed)
+    assert (status, lines) == (2, [])
+    assert why in err
+    assert len(err.splitlines()) == 1
