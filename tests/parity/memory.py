@@ -21,6 +21,7 @@ from longrl.config import LoraConfig, MemoryConfig, RolloutConfig
 from longrl.models.adapters import inject
 from longrl.models.qwen_vl import Qwen25VL
 from longrl.models.streams import make_streams
+from longrl.parallel.sequence import SequenceGroup
 from longrl.plan.shapes import ModelShape, read_shape
 from longrl.plan.work import Setup, Work
 from longrl.policy import Policy
@@ -60,7 +61,7 @@ class Step:
     """A prompt of text, its rollouts and the update: the body of Qwen2.5-VL in a size at which the prompt is what takes
     memory."""
 
-    def __init__(self, work: Work, setup: Setup) -> None:
+    def __init__(self, work: Work, setup: Setup, sp: SequenceGroup | None = None) -> None:
         dtype = {2: torch.bfloat16, 4: torch.float32}[setup.weight_bytes]
         twin = Qwen25VL.tiny(0, dtype)
         config: Any = copy.deepcopy(twin.model.config)
@@ -74,7 +75,7 @@ class Step:
         family = Qwen25VL(model, twin.tokenizer, {})
         if setup.lora_rank:
             inject(family, LoraConfig(rank=setup.lora_rank, targets=setup.lora_targets), "", 0)
-        self.policy = Policy(family, memory=memory)
+        self.policy = Policy(family, memory=memory, sp=sp)
         rollout = RolloutConfig(group_size=work.group_size, max_new_tokens=work.response_tokens)
         self.engine = NativeEngine(self.policy, rollout)
         self.examples = [Example(id=f"q{i}", messages=(), answer=None, kind="open") for i in range(work.prefixes)]

@@ -144,11 +144,12 @@ def test_largest_prompt_is_the_last_that_fits(shape, setup):
 def test_largest_prompt_of_a_configuration(tmp_path):
     keys = {"model": {"path": "models/Qwen2.5-VL-3B-Instruct"}, "rollout": {"max_new_tokens": 256}}
     small = config(tmp_path, **keys)
-    assert max_prompt_tokens(small, 8 * GIB) == 0  # weights and optimizer alone are more
+    assert max_prompt_tokens(small, 1, 8 * GIB) == 0  # weights and optimizer alone are more
     lean = config(tmp_path, memory={"recompute": "layer", "mlp_tile_tokens": 4096}, **keys)
-    assert 0 < max_prompt_tokens(small, 139 * GIB) < max_prompt_tokens(lean, 139 * GIB)
-    with pytest.raises(ValueError, match=r"model\.path nowhere"):
-        max_prompt_tokens(config(tmp_path, model={"path": "nowhere"}), GIB)
+    assert 0 < max_prompt_tokens(small, 1, 139 * GIB) < max_prompt_tokens(lean, 1, 139 * GIB)
+    most = max_prompt_tokens(config(tmp_path, parallel={"sp": "auto"}, **keys), 8, 139 * GIB)
+    assert most > 4 * max_prompt_tokens(small, 8, 139 * GIB)
+    assert max_prompt_tokens(config(tmp_path, model={"path": "nowhere"}), 1, GIB) is None
 
 
 def test_degree_grows_with_the_prompt(tmp_path):
@@ -219,6 +220,15 @@ def test_passes_are_those_of_the_design(recompute, reference, expected):
     assert plan_cost(B7, work, setup, H200).passes == expected
     kept = plan_cost(B7, work, replace(setup, recompute="keep_attention"), H200).passes
     assert 3 + reference < kept < 3.3 + reference  # at this length attention is most of the work
+
+
+def test_updates_repeat_the_passes_and_prompts_in_flight_the_keys_and_values():
+    none = replace(BF16, recompute="none")
+    assert plan_cost(B7, replace(HOUR, updates=2), none, H200).passes == 6
+    assert plan_cost(B7, replace(HOUR, updates=2), BF16, H200).passes == 8
+    one, three = (plan_memory(B7, HOUR, replace(BF16, prompts_in_flight=n), H200).parts for n in (1, 3))
+    for part, size in one.items():
+        assert three[part] == (3 * size if part in ("prefix KV", "layer inputs") else size)
 
 
 def test_unknown_device():

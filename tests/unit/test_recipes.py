@@ -6,6 +6,7 @@ import runpy
 
 import pytest
 
+from longrl.config import RlConfig
 from longrl.config_files import load_config
 from longrl.plan.devices import GPUS
 from longrl.plan.plan import make_plan, max_prompt_tokens
@@ -27,10 +28,11 @@ def test_page_has_the_plans_as_they_come_out(root):
 def test_recipes_fit_at_the_most_that_they_allow(root, monkeypatch, tmp_path, name, device, processes):
     monkeypatch.chdir(tmp_path)  # no data and no model there
     config = load_config([root / "configs" / "video" / f"qwen2_5_vl_{name}.yaml"])
+    assert isinstance(config, RlConfig)
     plan = make_plan(config, device, processes)
     assert plan.prompt.frames == 3600
     assert 216_000 <= plan.prompt.tokens <= 260_000
     assert (plan.work.group_size, plan.setup.sp) == (8, processes)
     assert plan.fits
     assert plan.memory.peak_bytes <= plan.device.planned_bytes
-    assert plan.prompt.tokens <= max_prompt_tokens(config, GPUS[device].memory_bytes)
+    assert plan.prompt.tokens <= max_prompt_tokens(config, processes, GPUS[device].memory_bytes)

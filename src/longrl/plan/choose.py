@@ -107,15 +107,16 @@ def _tries(
     shape: ModelShape, work: Work, setup: Setup, processes: int
 ) -> Iterator[tuple[dict[str, str], int, Work, Setup]]:
     """(changes, how many of them change results, work, setup)."""
-    recomputes = ["none", "layer", "keep_attention"]
     tiles = {setup.mlp_tile_tokens, TILE}
     at_least = {(u, r) for u, r in layouts(shape, processes) if u * r >= setup.sp} | {(setup.ulysses, setup.ring)}
     # not where the encoder is trained: adapters are for the language model alone
     adapters = {setup.lora_rank, setup.lora_rank or (0 if setup.encoder_parameters else LORA_RANK)}
-    for recompute, offload, tile, (ulysses, ring), sharded, lora, fewer in product(
-        recomputes, (False, True), tiles, at_least, (False, True), adapters, (1, 2, 4, 8)
-    ):
-        if (offload and recompute == "none") or (sharded and ulysses * ring == 1):
+    for recompute, offload, tile, (ulysses, ring), sharded, lora, reference, fewer in product(
+        ("none", "layer", "keep_attention"), (False, True), tiles, at_least, (False, True), adapters, (False, True),
+        (1, 2, 4, 8),
+    ):  # fmt: skip
+        away = reference and work.reference and not lora
+        if (offload and recompute == "none") or (sharded and ulysses * ring == 1) or reference != away:
             continue
         other = replace(
             setup,
@@ -127,6 +128,7 @@ def _tries(
             sharded=sharded,
             lora_rank=lora,
             lora_targets=setup.lora_targets or tuple(shape.linears),
+            offload_reference=reference,
         )
         changes = {
             "parallel.sp": str(other.sp) if other.sp != setup.sp else None,
@@ -135,6 +137,7 @@ def _tries(
             "memory.recompute": recompute if recompute != setup.recompute else None,
             "memory.offload": str(offload).lower() if offload != setup.offload else None,
             "memory.mlp_tile_tokens": str(tile or "null") if tile != setup.mlp_tile_tokens else None,
+            "algo.offload_reference": str(reference).lower() if reference != setup.offload_reference else None,
             "model.lora.rank": str(LORA_RANK) if lora != setup.lora_rank else None,
             "frames": f"1/{fewer}" if fewer > 1 else None,
         }

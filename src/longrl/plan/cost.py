@@ -51,20 +51,22 @@ def plan_cost(shape: ModelShape, work: Work, setup: Setup, device: Device, group
         passes, flops = passes + 1, flops + prefix.flops + suffix.flops
     if work.trains:
         # frozen weights have no gradients of their own; those of attention cost five products where forward has two
-        products, attention = 1.0 if frozen else 2.0, 2.5
-        rate = again * (prefix.forward_s + prefix.messages_s)
+        products, attention, updates = 1.0 if frozen else 2.0, 2.5, work.updates
         backward = prefix.products_s * products + prefix.attention_s * attention
-        seconds["suffix"] = suffix.forward_s * (1 + products + (again > 0)) + suffix.micro_batches * 2 * prefix.gather_s
-        seconds["prefix backward"] = max(backward + rate, moved) + prefix.messages_back_s + prefix.gather_s
-        reduced = 0.0 if frozen else 2 * (suffix.micro_batches + 1) * prefix.gather_s
-        if reduced:
-            seconds["gradients"] = reduced
-        passes += 2 + again
-        flops += (1 + products) * suffix.flops + products * prefix.flops_products + 2 * prefix.flops_attention
+        backward += again * (prefix.forward_s + prefix.messages_s)
+        seconds["prefill"] *= updates
+        seconds["suffix"] = updates * suffix.forward_s * (1 + products + (again > 0))
+        seconds["suffix"] += updates * suffix.micro_batches * 2 * prefix.gather_s
+        seconds["prefix backward"] = updates * (max(backward, moved) + prefix.messages_back_s + prefix.gather_s)
+        if not frozen and setup.sharded:
+            seconds["gradients"] = updates * 2 * (suffix.micro_batches + 1) * prefix.gather_s
+        passes += (updates - 1) + updates * (2 + again)
+        flops += (updates - 1) * prefix.flops + updates * (1 + products) * suffix.flops
+        flops += updates * (products * prefix.flops_products + 2 * prefix.flops_attention)
     rounds = ceil(work.prefixes / groups)
     seconds = {name: rounds * value for name, value in seconds.items()}
     if work.trains:
-        seconds["optimizer"] = prefix.optimizer_s
+        seconds["optimizer"] = work.updates * prefix.optimizer_s
     return Cost(passes=passes, flops=flops, seconds=seconds)
 
 

@@ -103,7 +103,7 @@ def find_device(name: str, processes: int = 1) -> Device:
         link=2e9,
         host_link=5e9,
         launch_s=1e-5,
-        runtime_bytes=int(0.5e9),
+        runtime_bytes=int(0.2e9),
     )
 
 

@@ -92,8 +92,20 @@ class Tally:
         passing = 2 + (self.copy if self.adapters and self.copy != 1 else 0)
         of_mlp = self.tile(tokens) * (self.inside + passing * f) - self.saved_mlp(tokens)
         expanded = 4 * self.a if self.device.is_cpu and self.heads > self.kv_heads else 0
-        of_attention = tokens * (2 * self.a + 2 * self.kv + expanded) - self.saved_mlp(tokens)
+        of_attention = tokens * (2 * self.a + 2 * self.kv + expanded + self.messages) - self.saved_mlp(tokens)
+        if self.setup.ring > 1:  # keys and values come by, the next on their way, and three shares of gradients in fp32
+            of_attention += tokens * 4 / self.b * self.a + self.far * (2 + 3 * 4 / self.b)
         return self.b * (tokens * d + max(of_mlp, of_attention))
+
+    @property
+    def messages(self) -> float:
+        """Elements of a token in what ranks send each other around attention and what they get."""
+        return 2 * (self.a + 2 * self.kv) if self.setup.ulysses > 1 else 0
+
+    @property
+    def far(self) -> float:
+        """Elements of one layer's keys and values of the prefix."""
+        return self.prefix_kv / self.shape.layers / self.b
 
     def forward(self, tokens: int) -> float:
         """Bytes while one layer is run forward without keeping anything, above its input."""
@@ -101,7 +113,9 @@ class Tally:
         tiled = 2 * d if self.tile(tokens) < tokens else 0  # tiles, and all of them as one
         wide = 2 * self.copy if self.adapters and self.copy != 1 else 0  # what an adapter makes, and the sum with it
         mlp = tokens * (2 * d + tiled) + self.tile(tokens) * (3 + wide) * self.shape.intermediate
-        attention = tokens * (d + 4 * a + 2 * self.kv + (2 * a if self.device.is_cpu else 0))
+        attention = tokens * (d + 4 * a + 2 * self.kv + (2 * a if self.device.is_cpu else 0) + self.messages)
+        if self.setup.ring > 1:  # keys and values as they come by, partial results in fp32
+            attention += tokens * 3 * 4 / self.b * a + 2 * self.far
         return self.b * max(mlp, attention)
 
     def prefix_layer(self, graph: bool) -> dict[str, float]:
@@ -126,11 +140,12 @@ class Tally:
             whole = layers * (token * (self.stream + self.saved) + self.b * self.saved_mlp(self.tokens)) + token * last
             return {"saved activations": whole + self.rope}, 0.0
         inputs = token * shape.width * shape.layers
-        kept = {"layer inputs": inputs}
+        kept: dict[str, float] = {"layer inputs": inputs}
         if setup.offload:
             kept["layer inputs"] = token * shape.width * 2  # one is used, one on its way
         if setup.recompute == "keep_attention":
-            kept["kept attention"] = token * (self.a + self.lse) * (shape.layers - 1)
+            # of a ring the result for each part
+            kept["kept attention"] = token * (self.a + self.lse) * (shape.layers - 1) * setup.ring
         return kept, inputs if setup.offload else 0.0
 
     def steady(self) -> dict[str, float]:
@@ -139,7 +154,7 @@ class Tally:
         share, weight, wide = setup.sp if setup.sharded else 1, setup.weight_bytes, max(4, setup.weight_bytes)
         stored = weight * (shape.trunk_parameters / share + shape.tower_parameters)
         parts = {"weights": stored + wide * self.adapters / share}
-        if work.reference and not self.adapters:
+        if work.reference and not self.adapters and not setup.offload_reference:
             parts["reference weights"] = stored
         if work.trains:
             language = wide * self.adapters if self.adapters else weight * shape.trunk_parameters
@@ -147,9 +162,16 @@ class Tally:
             parts["optimizer"] = 2 * parts["gradients"]
         return parts
 
-    def gathered(self, blocks: int) -> dict[str, float]:
+    @property
+    def host_reference(self) -> float:
+        """Of a reference whose weights come to the device a layer at a time."""
+        share = self.setup.sp if self.setup.sharded else 1
+        trunk, tower = self.shape.trunk_parameters / share, self.shape.tower_parameters
+        return self.setup.weight_bytes * (trunk + tower) if self.setup.offload_reference else 0.0
+
+    def gathered(self, blocks: int, always: bool = False) -> dict[str, float]:
         """Weights that are copied or whole for a pass: the root's, and of so many layers."""
-        if not self.setup.copies_weights:
+        if not (self.setup.copies_weights or always):
             return {}
         shape = self.shape
         return {"gathered weights": self.b * (shape.root_parameters + blocks * shape.layer_parameters)}
@@ -194,13 +216,14 @@ class Tally:
     @property
     def decode(self) -> dict[str, float]:
         shape, work = self.shape, self.work
-        streams = min(work.group_size, work.max_streams)
+        in_flight = self.setup.prompts_in_flight
+        streams = min(work.group_size * in_flight, work.max_streams)
         own = 2 * shape.layers * streams * work.response_tokens * self.kv_heads * shape.head_dim * self.wide
         scores = 4 * streams * self.heads * ceil(work.prompt_tokens / self.setup.ring) * self.wide
         logits = 4 * 8 * streams * shape.vocabulary
         parts = {"decode buffers": own + scores + logits}
         if self.wide != self.b:
-            parts["prefix KV in fp64"] = self.prefix_kv * self.wide / self.b
+            parts["prefix KV in fp64"] = in_flight * self.prefix_kv * self.wide / self.b
         return parts
 
 
@@ -216,7 +239,7 @@ def plan_memory(shape: ModelShape, work: Work, setup: Setup, device: Device) -> 
         phases["decode"] = here | t.decode | t.gathered(shape.layers)
     if work.reference:
         reference = {"reference's prefix KV": t.prefix_kv} | t.prefix_layer(False)
-        phases["reference"] = here | reference | t.gathered(2)
+        phases["reference"] = here | reference | t.gathered(2, always=setup.offload_reference)
     if work.trains:
         # a single micro-batch fills the gradients of the keys and values while it frees what it had kept; those of
         # several are added up in fp32
@@ -227,7 +250,8 @@ def plan_memory(shape: ModelShape, work: Work, setup: Setup, device: Device) -> 
         phases["prefix backward"] = here | grads | one | t.gathered(2) | t.reduced()
         # AdamW goes through all parameters at once on a GPU, one after another on the CPU
         phases["optimizer"] = steady | ({} if device.is_cpu else {"AdamW's denominators": steady["gradients"]})
+    on_host = {"layer inputs": host * setup.prompts_in_flight, "reference weights": t.host_reference}
     return Memory(
         phases={name: {part: int(size) for part, size in parts.items() if size} for name, parts in phases.items()},
-        host={"layer inputs": int(host * setup.prompts_in_flight)} if host else {},
+        host={part: int(size) for part, size in on_host.items() if size},
     )

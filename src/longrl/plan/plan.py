@@ -13,7 +13,7 @@ from longrl.plan.choose import choose_layout, fits, largest_prompt, layouts, sma
 from longrl.plan.cost import Cost, encode_seconds, plan_cost
 from longrl.plan.devices import GPUS, Device, find_device
 from longrl.plan.memory import plan_memory
-from longrl.plan.prompt import PromptSize, prompt_size
+from longrl.plan.prompt import TEXT_TOKENS, PromptSize, prompt_size
 from longrl.plan.shapes import ModelShape, shape_of
 from longrl.plan.work import Memory, Setup, Work
 
@@ -83,19 +83,25 @@ def make_plan(config: DataRunConfig, device: str, processes: int) -> Plan:
     )
 
 
-def max_prompt_tokens(config: DataRunConfig, memory_bytes: int, *, is_cpu: bool = False) -> int:
+def max_prompt_tokens(config: DataRunConfig, processes: int, gpu_bytes: int | None) -> int | None:
     """The longest prompt that this configuration has room for: one that is longer is refused before it is decoded.
 
     Args:
-        memory_bytes: of the device, of one process.
+        gpu_bytes: memory of each process's GPU; None: they run on CPUs.
+
+    Returns:
+        Tokens; None where the model's sizes are not known.
 
     Raises:
-        ValueError: the model's sizes cannot be read.
+        ValueError: they cannot be read.
     """
-    shape = _shape(config)
-    nothing = PromptSize(video_tokens=0, text_tokens=0, frames=0, merge=1, source="")
-    device = replace(find_device("CPU") if is_cpu else GPUS["A100-80G"], memory_bytes=memory_bytes)
-    return largest_prompt(shape, work_of(config, nothing), setup_of(config, shape), device)
+    if shape_of(config.model.path) is None:
+        return None
+    shape, setup, work, device = _without_prompt(config, processes, gpu_bytes)
+    setups = [setup]
+    if config.parallel.sp == "auto":
+        setups = [replace(setup, ulysses=ulysses, ring=ring) for ulysses, ring in layouts(shape, processes)]
+    return max(largest_prompt(shape, work, one, device) for one in setups)
 
 
 def degree_rule(config: DataRunConfig, processes: int, gpu_bytes: int | None) -> Callable[[int], tuple[int, int]]:
@@ -107,11 +113,7 @@ def degree_rule(config: DataRunConfig, processes: int, gpu_bytes: int | None) ->
     Raises:
         ValueError: the model's sizes cannot be read. What is returned: no layout has room for such a prompt.
     """
-    shape, device = _shape(config), find_device("CPU", processes)
-    if gpu_bytes is not None:
-        device = replace(GPUS["A100-80G"], memory_bytes=gpu_bytes)
-    nothing = PromptSize(video_tokens=0, text_tokens=0, frames=0, merge=1, source="")
-    work, setup = work_of(config, nothing), setup_of(config, shape)
+    shape, setup, work, device = _without_prompt(config, processes, gpu_bytes)
 
     @cache
     def degree(tokens: int) -> tuple[int, int]:
@@ -123,6 +125,16 @@ def degree_rule(config: DataRunConfig, processes: int, gpu_bytes: int | None) ->
         return found
 
     return degree
+
+
+def _without_prompt(
+    config: DataRunConfig, processes: int, gpu_bytes: int | None
+) -> tuple[ModelShape, Setup, Work, Device]:
+    shape, device = _shape(config), find_device("CPU", processes)
+    if gpu_bytes is not None:
+        device = replace(GPUS["A100-80G"], memory_bytes=gpu_bytes)  # memory decides; rates only order layouts
+    nothing = PromptSize(video_tokens=0, text_tokens=TEXT_TOKENS, frames=0, merge=1, source="")
+    return shape, setup_of(config, shape), work_of(config, nothing), device
 
 
 def _shape(config: DataRunConfig) -> ModelShape:
@@ -150,10 +162,12 @@ def setup_of(config: DataRunConfig, shape: ModelShape) -> Setup:
         recompute=memory.recompute,
         offload=memory.offload,
         mlp_tile_tokens=memory.mlp_tile_tokens,
+        prompts_in_flight=config.rollout.prompts_in_flight if isinstance(config, RlConfig | EvalRunConfig) else 1,
         weight_bytes=BYTES[model.dtype],
         compute_bytes=BYTES[model.compute_dtype or model.dtype],
         lora_rank=model.lora.rank if model.lora else 0,
         lora_targets=(model.lora.targets or tuple(shape.linears)) if model.lora else (),
+        offload_reference=isinstance(config, RlConfig) and config.algo.offload_reference,
         language="language" in model.train,
         encoder_parameters=encoder,
     )
@@ -165,16 +179,24 @@ def work_of(config: DataRunConfig, prompt: PromptSize) -> Work:
     # questions about one video have their text after what they share
     rest = 1 if share == 1 else prompt.text_tokens
     prefixes = ceil(config.prompts_per_step / share) if isinstance(config, TrainConfig) else 1
-    common = {"prompt_tokens": prompt.tokens, "prefixes": prefixes, "video_patches": prompt.patches}
+    work = Work(
+        prompt_tokens=prompt.tokens,
+        group_size=share,
+        response_tokens=rest + SFT_RESPONSE_TOKENS,
+        prefixes=prefixes,
+        rollout=False,
+        video_patches=prompt.patches,
+    )
     if isinstance(config, SftConfig):
-        return Work(group_size=share, response_tokens=rest + SFT_RESPONSE_TOKENS, rollout=False, **common)
+        return work
     assert isinstance(config, RlConfig | EvalRunConfig)
-    rollout, trains = config.rollout, isinstance(config, RlConfig)
-    return Work(
-        group_size=share * (rollout.group_size if trains else config.eval.samples),
-        response_tokens=rest + rollout.max_new_tokens,
-        max_streams=rollout.max_streams,
-        trains=trains,
-        reference=trains and config.algo.kl != "off",
-        **common,
+    return replace(
+        work,
+        group_size=share * (config.rollout.group_size if isinstance(config, RlConfig) else config.eval.samples),
+        response_tokens=rest + config.rollout.max_new_tokens,
+        max_streams=config.rollout.max_streams,
+        rollout=True,
+        trains=isinstance(config, RlConfig),
+        updates=config.algo.updates_per_batch if isinstance(config, RlConfig) else 1,
+        reference=isinstance(config, RlConfig) and config.algo.kl != "off",
     )

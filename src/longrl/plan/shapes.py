@@ -106,13 +106,24 @@ class ModelShape:
         return self.layers * rank * sum(sum(self.linears[name]) for name in targets)
 
 
-def _qwen2_5_vl(name: str, **sizes: int) -> ModelShape:
-    large = sizes["width"] > 4096
+def _qwen2_5_vl(
+    size: str, vocabulary: int, width: int, layers: int, heads: int, kv_heads: int, inside: int
+) -> ModelShape:
     tower = VisionShape(
-        depth=32, width=1280, intermediate=3456 if large else 3420, min_pixels=3136, max_pixels=12845056
+        depth=32, width=1280, intermediate=3456 if width > 4096 else 3420, min_pixels=3136, max_pixels=12845056
     )
-    source = f"https://huggingface.co/{name}"
-    return ModelShape(head_dim=128, tied=sizes["width"] == 2048, vision=tower, source=source, **sizes)
+    return ModelShape(
+        vocabulary=vocabulary,
+        width=width,
+        layers=layers,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=128,
+        intermediate=inside,
+        tied=size == "3B",
+        vision=tower,
+        source=f"https://huggingface.co/Qwen/Qwen2.5-VL-{size}-Instruct",
+    )
 
 
 _TINY = ModelShape(
@@ -127,12 +138,13 @@ _TINY = ModelShape(
     vision=VisionShape(depth=2, width=64, intermediate=128, min_pixels=784, max_pixels=784),
 )
 SHAPES = {"tiny:qwen2_5_vl": _TINY} | {
-    f"Qwen/Qwen2.5-VL-{size}-Instruct": _qwen2_5_vl(f"Qwen/Qwen2.5-VL-{size}-Instruct", **sizes)
+    f"Qwen/Qwen2.5-VL-{size}-Instruct": _qwen2_5_vl(size, *sizes)
     for size, sizes in {
-        "3B": {"width": 2048, "layers": 36, "heads": 16, "kv_heads": 2, "intermediate": 11008, "vocabulary": 151936},
-        "7B": {"width": 3584, "layers": 28, "heads": 28, "kv_heads": 4, "intermediate": 18944, "vocabulary": 152064},
-        "32B": {"width": 5120, "layers": 64, "heads": 40, "kv_heads": 8, "intermediate": 27648, "vocabulary": 152064},
-        "72B": {"width": 8192, "layers": 80, "heads": 64, "kv_heads": 8, "intermediate": 29568, "vocabulary": 152064},
+        # vocabulary, width, layers, heads, KV heads, inside the MLP
+        "3B": (151936, 2048, 36, 16, 2, 11008),
+        "7B": (152064, 3584, 28, 28, 4, 18944),
+        "32B": (152064, 5120, 64, 40, 8, 27648),
+        "72B": (152064, 8192, 80, 64, 8, 29568),
     }.items()
 }
 """Models whose folder need not be there to be planned, as their public config.json says; tested: the tiny one against

@@ -27,6 +27,8 @@ class Work:
     """False: responses are sampled, nothing is learned."""
     rollout: bool = True
     """False: the responses are given (SFT)."""
+    updates: int = 1
+    """Of the weights on the same rollouts; from the second on each computes the prompts again."""
     reference: bool = False
     """A KL term: the reference's log-probs are needed too."""
     video_patches: int = 0
@@ -51,6 +53,7 @@ class Setup:
     offload: bool = False
     """Layer inputs wait in host memory."""
     mlp_tile_tokens: int | None = None
+    offload_reference: bool = False
     prompts_in_flight: int = 1
     lora_rank: int = 0
     """0: all weights of the language model are trained."""
