@@ -1,16 +1,20 @@
-"""What Qwen2.5-VL's checkpoints say about preparing frames: the processor files, pixel limits, the size of a frame."""
+"""What Qwen2.5-VL's checkpoints say about preparing frames: the processor files, pixel limits, the size of a frame.
+
+Importing this module does not import torch: `longrl check` asks for sizes too.
+"""
 
 from __future__ import annotations
 
 import json
 import math
 from collections.abc import Iterable, Iterator
-from typing import Any
-
-import numpy as np
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from longrl.types import Clip, Frames
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
@@ -85,6 +89,8 @@ def frame_size(height: int, width: int, factor: int, min_pixels: int, max_pixels
 def even_chunks(chunks: Iterable[Frames], multiple: int) -> Iterator[np.ndarray]:
     """Regroups frames so that every chunk is whole temporal patches; the last frame repeats to fill the last patch, as
     the model's own preprocessing does."""
+    import numpy as np
+
     rest: np.ndarray | None = None
     for frames in chunks:
         pixels = frames.pixels if rest is None else np.concatenate([rest, frames.pixels])
