@@ -92,7 +92,7 @@ def parameters(model: nn.Module) -> dict[str, nn.Parameter]:
         f"{name}.{key}": parameter
         for name, layer in model.named_modules()
         if isinstance(layer, BaseTunerLayer)
-        for key, parameter in layer.named_parameters()
+        for key, parameter in layer.named_parameters()  # pyright: ignore
         if key.startswith(tuple(layer.adapter_layer_names))
     }
 

@@ -116,7 +116,7 @@ class Block(nn.Module):
         super().__init__()
         self.index, self.layer, self.recompute = index, layer, memory.recompute
         if memory.mlp_tile_tokens is not None:
-            layer.mlp = TiledMLP(layer.mlp, memory.mlp_tile_tokens)
+            layer.mlp = TiledMLP(layer.get_submodule("mlp"), memory.mlp_tile_tokens)
 
     def forward(self, hidden, rope, exchange, streams=1, far_k=None, far_v=None, own=None, leave=False, offload=None):
         """hidden [1, T, D] -> the same of the next layer (None if left early), keys and values [KV, T, d]."""

@@ -150,9 +150,11 @@ class _Attend(torch.autograd.Function):
         if prefix_k is None:
             out, lse = flash(q, k, v, True, scale)
         else:
-            near, near_lse = flash(*(widen(x) for x in (q, k, v)), True, scale)
-            wide = (widen(x) for x in (fold(q, kv_heads), prefix_k[None], prefix_v[None]))
-            far, far_lse = (unfold(x, q) for x in flash(*wide, False, scale))
+            near, near_lse = flash(widen(q), widen(k), widen(v), True, scale)
+            wide = widen(fold(q, kv_heads))
+            far, far_lse = (
+                unfold(x, q) for x in flash(wide, widen(prefix_k)[None], widen(prefix_v)[None], False, scale)
+            )
             # lse is fp32 at least: merged in that, then cast, or bf16 would lose twice
             out, lse = merge(near, near_lse, far, far_lse)
             out, lse = out.to(q.dtype), lse.to(torch.promote_types(q.dtype, torch.float32))
@@ -167,7 +169,8 @@ class _Attend(torch.autograd.Function):
         gq, gk, gv = flash_backward(grad, q, k, v, out, lse, True, ctx.scale)
         if prefix_k is None:
             return gq, gk, gv, None, None, None
-        folded = (fold(x, k.shape[1]) for x in (grad, q))
-        far_out, far_lse = fold(out, k.shape[1]), fold(lse, k.shape[1])
-        far_q, gpk, gpv = flash_backward(*folded, prefix_k[None], prefix_v[None], far_out, far_lse, False, ctx.scale)
+        far_grad, far_q, far_out, far_lse = (fold(x, k.shape[1]) for x in (grad, q, out, lse))
+        far_q, gpk, gpv = flash_backward(
+            far_grad, far_q, prefix_k[None], prefix_v[None], far_out, far_lse, False, ctx.scale
+        )
         return gq + unfold(far_q, q), gk, gv, gpk[0], gpv[0], None
