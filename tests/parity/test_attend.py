@@ -117,11 +117,15 @@ def test_decode_over_several_prefixes_equals_each_alone(new):
 
 
 def test_engine_and_trainer_agree_where_attention_is_sharp():
-    """Over 1,900 tokens, in fp32: without fp64 inside, they differ by 6e-6."""
-    q, k, v, *prefix = (x.detach() for x in inputs(4, 4, 2, 1, 1900, torch.float32))
+    """Over 1,900 tokens, in fp32, 16 rows as decoding keeps: one kernel, and so one order of the sums. Other orders
+    differ by 6e-6."""
+    q, k, v, *prefix = (x.detach() for x in inputs(16, 4, 2, 5, 1900, torch.float32))
     q *= 8
-    decoded = attend_decode(q, widen(k), widen(v), None, [(widen(prefix[0]), widen(prefix[1]))], [4], 0.3)
-    assert (decoded - attend(q, k, v, (prefix[0], prefix[1]), 0.3)).abs().max() < 5e-7
+    trained = attend(q, k, v, (prefix[0], prefix[1]), 0.3)
+    for t in range(5):
+        own = widen(k[:, :, : t + 1]), widen(v[:, :, : t + 1])
+        decoded = attend_decode(q[:, :, t : t + 1], *own, None, [(prefix[0], prefix[1])], [16], 0.3)
+        assert (decoded - trained[:, :, t : t + 1]).abs().max() <= 1.2e-7 * trained.abs().max()  # at most one rounding
 
 
 def test_the_prefix_is_not_copied_for_the_streams():
@@ -140,4 +144,4 @@ def test_the_prefix_is_not_copied_for_the_streams():
 
     with Watch():
         evaluate(attend, tensors, 0.3)
-    assert largest <= 2 * tensors[-1].untyped_storage().nbytes()  # one, in fp64
+    assert largest <= tensors[-1].untyped_storage().nbytes()

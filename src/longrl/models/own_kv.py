@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from longrl.parallel.attend import wider
 from longrl.types import Prefix
 
 
@@ -41,8 +42,9 @@ class OwnKV:
         """bool [N, new, T]: True where a token that is being fed does not see a key; None: it sees all."""
         self._is_padded = bool(self.padding.any())
         shape = [(len(lengths), x.shape[0], len(self.positions), x.shape[-1]) for x in prefixes[0].keys]
-        self.keys = [x.new_zeros(s) for x, s in zip(prefixes[0].keys, shape, strict=True)]
-        self.values = [x.new_zeros(s) for x, s in zip(prefixes[0].values, shape, strict=True)]
+        dtype = wider(prefixes[0].keys[0])
+        self.keys = [x.new_zeros(s, dtype=dtype) for x, s in zip(prefixes[0].keys, shape, strict=True)]
+        self.values = [x.new_zeros(s, dtype=dtype) for x, s in zip(prefixes[0].values, shape, strict=True)]
 
     def feed(self, new: int) -> None:
         """Called before so many tokens of every stream go through the layers."""

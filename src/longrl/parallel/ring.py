@@ -19,7 +19,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from longrl.parallel.attend import decode_parts, fold, merge, unfold, widen
+from longrl.parallel.attend import decode_parts, fold, merge, unfold, widen, wider
 from longrl.parallel.kernels import flash, flash_backward
 from longrl.parallel.layout import split
 from longrl.parallel.sequence import Passing, Peers, Sharded
@@ -148,8 +148,9 @@ class _RingStreams(torch.autograd.Function):
     def forward(ctx, q, k, v, far_k, far_v, ring, lengths, kind, streams, scale):
         heads = [len(q), len(k), len(v)]
         all_q, all_k, all_v = _streams(_gather([q, k, v], ring, lengths, kind), heads, streams)
-        out, lse = flash(widen(fold(all_q, len(k))), widen(far_k[None]), widen(far_v[None]), False, scale)
-        out, lse = unfold(out, all_q).to(lse.dtype), unfold(lse, all_q)
+        out, lse = flash(fold(all_q, len(k)), far_k[None], far_v[None], False, scale)
+        out, lse = unfold(out, all_q), unfold(lse, all_q)
+        out, lse = (x.to(wider(out)) for x in (out, lse))
         own = _own_streams(ring, streams)
         if own.start < own.stop:
             near = flash(widen(all_q[own]), widen(all_k[own]), widen(all_v[own]), True, scale)

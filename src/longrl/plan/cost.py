@@ -116,7 +116,7 @@ class _Suffix:
         self.micro_batches = ceil(tokens / max(1, tally.micro_batch * setup.sp))
         streams, speed = min(work.group_size, work.max_streams), device.bandwidth * device.movement
         turns = ceil(work.group_size / streams)
-        read = tally.b * weights + tally.prefix_kv * tally.wide / tally.b
+        read = tally.b * weights + tally.prefix_kv
         computed = streams * self.flops / tokens / rate / device.products / setup.sp
         messages = (setup.ulysses > 1) + (setup.ring > 1)
         launched = shape.layers * (OPERATIONS * device.launch_s + messages * LATENCY_S)

@@ -200,17 +200,16 @@ class Tally:
         else:
             layers, one = shape.layers * row * shape.width, one + self.again(tokens)
         if self.setup.recompute == "keep_attention":  # of both parts, as wide as they are summed
-            layers += shape.layers * row * 2 * (self.a + self.lse) * self.wide / self.b
+            layers += shape.layers * row * (self.a + self.lse) * (1 + self.wide / self.b)
         one += row * (12 if self.device.is_cpu else 4) * self.a  # folded and unfolded, two partial results
-        # the gradients of one layer's keys and values before they are added up; on the CPU those are widened before
-        one += self.prefix_kv / shape.layers * (self.wide / self.b)
+        one += self.prefix_kv / shape.layers  # the gradients of one layer's keys and values before they are added up
         logits = 4 * max(4, self.b) * min(HEAD_CHUNK, tokens) * shape.vocabulary
         rest = {"logits": logits} if logits > one else {"one suffix layer": one}
         return {"suffix micro-batch": layers, **rest}
 
     @property
     def wide(self) -> int:
-        """Bytes of an element where attention to a prefix is summed: see parallel/attend.py, widen."""
+        """Bytes of an element where streams attend to their own tokens: see parallel/attend.py, wider."""
         return 8 if self.device.is_cpu and self.b == 4 else self.b
 
     @property
@@ -219,12 +218,8 @@ class Tally:
         in_flight = self.setup.prompts_in_flight
         streams = min(work.group_size * in_flight, work.max_streams)
         own = 2 * shape.layers * streams * work.response_tokens * self.kv_heads * shape.head_dim * self.wide
-        scores = 4 * streams * self.heads * ceil(work.prompt_tokens / self.setup.ring) * self.wide
         logits = 4 * 8 * streams * shape.vocabulary
-        parts = {"decode buffers": own + scores + logits}
-        if self.wide != self.b:
-            parts["prefix KV in fp64"] = in_flight * self.prefix_kv * self.wide / self.b
-        return parts
+        return {"decode buffers": own + logits}
 
 
 def plan_memory(shape: ModelShape, work: Work, setup: Setup, device: Device) -> Memory:

@@ -13,7 +13,6 @@ from torch import Tensor
 from longrl.config import RolloutConfig
 from longrl.models.own_kv import OwnKV
 from longrl.models.streams import cohorts
-from longrl.parallel.attend import widen
 from longrl.policy import Policy
 from longrl.types import Example, Group, Prefix, Prompt, Rollout
 
@@ -75,8 +74,7 @@ class NativeEngine:
             seeds: of all prompts, one after the other.
         """
         size = max(1, self.config.max_streams // self.config.group_size)
-        wide = [Prefix(_widened(x.keys), _widened(x.values), x.length, x.policy_version) for x in prefixes]
-        asked = [(prefix, prompt) for prefix, some in zip(wide, prompts, strict=True) for prompt in some]
+        asked = [(prefix, prompt) for prefix, some in zip(prefixes, prompts, strict=True) for prompt in some]
         turns = [slice(start, start + size) for start in range(0, len(asked), size)]
         return [group for turn in turns for group in self._decode(asked[turn], seeds[turn])]
 
@@ -151,10 +149,6 @@ class NativeEngine:
             finish_reason="stop" if stopped else "length",
             policy_version=self.policy.version,
         )
-
-
-def _widened(tensors: Sequence[Tensor]) -> list[Tensor]:
-    return [widen(x) for x in tensors]
 
 
 def _at_least(count: int, going: Tensor) -> Tensor:
