@@ -88,8 +88,10 @@ def test_weights_are_those_of_one_process(found, job, layout):
     ours = found.of(job, layout)
     assert len(ours) == layout.dp * layout.sp
     whole, largest = distance(ours[0]["model"], found.alone[job]["model"])
+    # in a ring the sums over the prefix have parts; the other layouts do them as one process
+    bound = 5e-6 if layout.ring > 1 else 1e-6
     # k_proj.bias has a gradient of all but zero, whose rounding AdamW makes as large as any other: 2e-4 of it in fp32
-    assert whole < (1e-6 if job == "recorded" else 1e-12)
+    assert whole < (bound if job == "recorded" else 1e-12)
     assert largest < (1e-3 if job == "recorded" else 1e-9)
     assert len({one["digest"] for one in ours}) == 1  # the same bits on all ranks
 

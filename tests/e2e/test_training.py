@@ -13,6 +13,7 @@ from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 
 from longrl.config import ModelConfig, RlConfig
 from longrl.models import load_family
+from longrl.parallel import attend
 from longrl.report.metrics import read_metrics
 from longrl.train_rl import train_rl
 from longrl.train_sft import train_sft
@@ -153,7 +154,8 @@ def test_group_without_signal_costs_no_update(dataset, tmp_path):
 
 
 def test_logprob_mismatch_stops_the_run(dataset, tmp_path, monkeypatch):
-    monkeypatch.setattr("longrl.rollout.native.widen", lambda x: x * 1.01)  # the engine reads other keys and values
+    own = attend._attend_own  # the engine reads other keys
+    monkeypatch.setattr(attend, "_attend_own", lambda q, k, *rest: own(q, k * 1.01, *rest))
     config = rl_config(dataset, tmp_path, rewards=EVEN, algo={"max_logprob_diff": 1e-6})
     with pytest.raises(RuntimeError, match="log-probs differ by"):
         train_rl(config)

@@ -150,7 +150,8 @@ class _RingStreams(torch.autograd.Function):
         all_q, all_k, all_v = _streams(_gather([q, k, v], ring, lengths, kind), heads, streams)
         out, lse = flash(fold(all_q, len(k)), far_k[None], far_v[None], False, scale)
         out, lse = unfold(out, all_q), unfold(lse, all_q)
-        out, lse = (x.to(wider(out)) for x in (out, lse))
+        dtype = torch.promote_types(wider(out), lse.dtype)
+        out, lse = out.to(dtype), lse.to(dtype)
         own = _own_streams(ring, streams)
         if own.start < own.stop:
             near = flash(widen(all_q[own]), widen(all_k[own]), widen(all_v[own]), True, scale)
