@@ -4,8 +4,9 @@
     python benchmarks/gpu_hour_video.py curve   7B body, LoRA: plain against fused at 16k, 64k and 128k tokens
     python benchmarks/gpu_hour_video.py full    3B body, all weights (fp32, computed in bf16): 64k tokens
 
-Each prints JSON lines and takes less than eight minutes on an H200. It needs torch, transformers and pydantic; no data,
-no checkpoint, no PyAV. `plain` runs one response as a sequence of its own and multiplies its update by 8, and says so.
+Each prints JSON lines and should take less than eight minutes on an H200 (not measured yet). It needs torch,
+transformers, pydantic and PyYAML, and peft for adapters; no data, no checkpoint, no PyAV. `plain` runs
+one response as a sequence of its own and multiplies its update by 8, and says so.
 
 MFU counts products with weights and attention (the causal half), without recomputation and without the gradients of
 frozen weights, over the named peak of the GPU. The rate of the attention kernel alone stands beside it.
@@ -29,11 +30,11 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "src"))
 
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-from longrl.config import LoraConfig, MemoryConfig, RolloutConfig
-from longrl.models.adapters import inject
+from longrl.config import LoraConfig, MemoryConfig, OptimConfig, RolloutConfig
 from longrl.models.qwen_processor import DEFAULT_LIMITS, make_processor_files
 from longrl.models.qwen_vl import Qwen25VL
 from longrl.models.streams import Streams, make_streams
+from longrl.optim import Optimizer
 from longrl.parallel.kernels import flash, flash_backward
 from longrl.policy import Policy
 from longrl.rollout.native import NativeEngine
@@ -72,6 +73,8 @@ class Work:
         self.engine = NativeEngine(self.policy, config, self.time)
         self.prompt = make_prompt(self.family, args.frames, tokens)
         self.seconds: dict[str, float] = {}
+        self.optimizer = Optimizer(self.policy.trunk.parameters(), OptimConfig(), 2)
+        self.make_moments()
         self.advantages = torch.randn(args.group_size, generator=torch.Generator().manual_seed(1))
 
     @contextmanager
@@ -98,10 +101,19 @@ class Work:
         ratio = (logprobs - logprobs.detach()).exp()
         return -(self.advantages[rows, None] * ratio).sum()
 
+    def make_moments(self) -> None:
+        """Those of AdamW, as they are there from the second step on."""
+        for parameter in self.optimizer.parameters:
+            parameter.grad = torch.zeros_like(parameter)
+        self.optimizer.step(1, 1, ["hour"])
+
     def fused(self) -> None:
         prefix, streams = self.rollout()
         with self.time("update"):
             self.policy.backward(prefix, streams, self.loss)
+        with self.time("optimizer"):
+            self.policy.reshard()
+            self.optimizer.step(2, self.args.group_size * self.args.response_tokens, ["hour"])
 
     def plain_once(self) -> None:
         """What one response costs as a sequence of its own: the old log-probs, and the update."""
@@ -183,6 +195,8 @@ def make_family(shape: dict[str, Any], lora: bool, compute: bool, device: torch.
     model.generation_config.eos_token_id = -1  # every response has its full length
     family = Qwen25VL(model, Tokens(), make_processor_files(config.vision_config, *DEFAULT_LIMITS))  # type: ignore[arg-type]
     if lora:
+        from longrl.models.adapters import inject
+
         inject(family, LoraConfig(rank=16), "random", 0)
     return family
 

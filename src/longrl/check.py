@@ -123,6 +123,8 @@ def _report_plan(config: DataRunConfig, device: str, processes: int | None) -> I
     """Prints it in full, or yields what does not go together."""
     sp, (_, size) = 1 if config.parallel.sp == "auto" else config.parallel.sp, rank_and_size()
     size = processes or (size if size > 1 else sp)
+    if config.parallel.sp == "auto" and processes is None and size == 1:
+        size = _enough(config, device)
     problems = [_heads_problem(config.model.path, config.parallel), _refusal(require_world, size, sp)]
     problems = [problem for problem in problems if problem]
     if sp > 1 or size > 1:
@@ -135,6 +137,13 @@ def _report_plan(config: DataRunConfig, device: str, processes: int | None) -> I
         typer.echo(f"  {line}")
     if not plan.fits:
         yield refusal(plan)
+
+
+def _enough(config: DataRunConfig, device: str) -> int:
+    """Processes, of which `sp: auto` can make a layout for the longest prompt; 1 if eight are too few."""
+    if shape_of(config.model.path) is None:
+        return 1
+    return next((size for size in (1, 2, 4, 8) if make_plan(config, device, size).fits), 1)
 
 
 def _heads_problem(path: str, parallel: ParallelConfig) -> str | None:

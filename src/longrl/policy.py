@@ -15,13 +15,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from longrl.config import ALL_KEPT, DataRunConfig, MemoryConfig, ModelConfig, RlConfig
 from longrl.models import load_family
-from longrl.models.adapters import switched_off
 from longrl.models.family import Family
 from longrl.models.streams import Streams, split_length
 from longrl.models.trunk import Trunk
@@ -29,10 +29,8 @@ from longrl.parallel.layout import require_heads
 from longrl.parallel.ranks import Ranks
 from longrl.parallel.sequence import SequenceGroup
 from longrl.parallel.shard import gathered, reshard, shard
+from longrl.plan.work import STREAM_TOKENS
 from longrl.types import Prefix, Prompt
-
-STREAM_TOKENS = 8192
-"""Tokens of one suffix micro-batch."""
 
 StreamLoss = Callable[[Tensor, Tensor, slice], Tensor]
 """(logprobs [n, R], entropy [n, R], which rows) -> a scalar loss sum."""
@@ -117,6 +115,7 @@ class Policy:
         torch.autograd.backward([x for x, _ in pairs], [gradient for _, gradient in pairs])
         media = prefix.media
         prefix.release()
+        del leaves, gradients, pairs  # before the encoder needs room
         for leaf in media:
             assert leaf.rows.grad is not None
             self.family.encode_backward(leaf.media, leaf.span, leaf.rows.grad)
@@ -126,14 +125,17 @@ class AdaptersOff(Policy):
     """The model that a policy began as, for nothing: its adapters are switched off for each call."""
 
     def __init__(self, policy: Policy) -> None:
+        from longrl.models.adapters import switched_off  # needs peft
+
         self.family, self.trunk, self.version = policy.family, policy.trunk, 0
+        self._switched_off = partial(switched_off, self.trunk)
 
     def prefix(self, prompts: Sequence[Prompt]) -> Prefix:
-        with switched_off(self.trunk):
+        with self._switched_off():
             return super().prefix(prompts)
 
     def logprobs(self, prefix: Prefix, streams: Streams, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-        with switched_off(self.trunk):
+        with self._switched_off():
             return super().logprobs(prefix, streams, temperature)
 
 

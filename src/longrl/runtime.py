@@ -17,7 +17,10 @@ from longrl.config_files import flatten, read_yaml, save_config
 logger = logging.getLogger(__name__)
 
 CONFIG_NAME = "config.yaml"
-_FREE = ("parallel.", "memory.", "model.device")
+_FREE = (
+    *("parallel.", "memory.", "cache.", "model.device", "algo.offload_reference"),
+    *("rollout.prompts_in_flight", "rollout.max_streams"),
+)
 """Keys that may change when a run is taken up again."""
 
 

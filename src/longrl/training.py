@@ -8,21 +8,18 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
-import torch
-
 from longrl.check import require_model
 from longrl.checkpoint import FOLDER, Checkpoints, pack_optimizer, unpack_optimizer
 from longrl.config import TrainConfig
 from longrl.data.examples import Skips
 from longrl.data.order import step_examples
-from longrl.data.prompts import PromptBuilder
+from longrl.data.prompts import PromptBuilder, prompt_limit
 from longrl.models import adapters
 from longrl.models.streams import cohorts, num_tokens
 from longrl.optim import Optimizer
 from longrl.parallel.gradients import sum_gradients
 from longrl.parallel.ranks import ALONE, Ranks
 from longrl.parallel.shard import whole
-from longrl.plan.plan import max_prompt_tokens
 from longrl.policy import load_policy
 from longrl.report.metrics import Metrics
 from longrl.report.progress import Progress
@@ -78,22 +75,14 @@ class Training:
         self.optimizer = Optimizer(
             self.policy.trunk.parameters(), config.optim, config.steps, encoder=self.policy.encoder
         )
-        self.build = PromptBuilder(self.policy.family, config.cache, skips, ranks, *self._limit())
+        limit = prompt_limit(config, config.data, self.policy.trunk.device, ranks)
+        self.build = PromptBuilder(self.policy.family, config.cache, skips, ranks, *limit)
         self.done, self.sharded = 0, config.parallel.shard
         self._drawn: set[str] = set()
         if latest:
             unpack_optimizer(self.optimizer.adamw, latest.tensors())
             skips.names.update(latest.state["skipped"])
             self.done = self.policy.version = latest.step
-
-    def _limit(self) -> tuple[int | None, str]:
-        """Tokens of the longest prompt that is trained on, and what says so."""
-        given, device = self.config.data.max_prompt_tokens, self.policy.trunk.device
-        gpu_bytes = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
-        planned = max_prompt_tokens(self.config, self.ranks.size, gpu_bytes)
-        if planned is None or (given is not None and given <= planned):
-            return given, "data.max_prompt_tokens"
-        return planned, "the memory plan (longrl check)"
 
     def steps_left(self) -> range:
         return range(self.done + 1, self.config.steps + 1)

@@ -85,6 +85,7 @@ def update(
             assert ref_prefix.length == prefix.length
             ref_logprobs, _ = reference.logprobs(ref_prefix, streams, config.rollout.temperature)
             reference.reshard()
+            ref_prefix.release()
     cohort = Cohort(prompts=prompts, rows=rows, streams=streams, ref_logprobs=ref_logprobs)
     cohort.old_logprobs = _backward(policy, cohort, prefix, config, totals)
     return [cohort]

@@ -55,14 +55,6 @@ def test_tiny_shape_is_that_of_its_twin(tmp_path):
     assert shape.linears == {name: (x.in_features, x.out_features) for name, x in products.items()}
 
 
-def test_constants_are_those_of_the_trunk():
-    from longrl.models import trunk
-    from longrl.plan import work
-    from longrl.policy import STREAM_TOKENS
-
-    assert (work.STREAM_TOKENS, work.HEAD_CHUNK) == (STREAM_TOKENS, trunk.HEAD_CHUNK)
-
-
 def test_shapes_of_folders(tmp_path):
     flat = {"model_type": "qwen3", "vocab_size": 100, "hidden_size": 64, "num_hidden_layers": 2, "head_dim": 32}
     flat |= {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 96, "tie_word_embeddings": True}

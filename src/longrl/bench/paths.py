@@ -3,8 +3,8 @@
 Every path decodes all that it must, and then trains on the same recorded responses: ranks that split a prompt round
 otherwise than one that does not, and a draw that tips would make the gradients incomparable.
 
-Attention to a shared prefix is summed in fp64 on the CPU (parallel/attend.py), all else is fp32: the separate sequences
-have the cheaper kernel.
+All is fp32, but for the attention of streams to their own tokens, which is summed in fp64 on the CPU where they follow
+a prefix (parallel/attend.py): the separate sequences have the cheaper kernel.
 """
 
 from __future__ import annotations

@@ -122,6 +122,14 @@ class Work:
             return self.prefills(path) * _prefix(prompt) + 4 * self.group_size * _forward(prompt, 0) + tower
         return {"fused": 1, "shared": 3}[path] * _prefix(prompt) + _prefix_backward(prompt) + tower
 
+    def speedup_by_whole_passes(self) -> float:
+        """Plain / fused by FLOPs if a pass over a prefix ran all of its last layer, as the first plan counted."""
+        prompt = self.prompt_tokens - 1
+        left = _forward(prompt, 0) - _prefix(prompt)
+        left_backward = 2 * _forward(prompt, 0) - _prefix_backward(prompt)
+        plain = self.flops("plain") + self.prefills("plain") * left
+        return plain / (self.flops("fused") + left + left_backward)
+
 
 _QUERIES, _KEYS = WIDTH * WIDTH, 2 * WIDTH * KV_HEADS * (WIDTH // HEADS)
 """Weights of a layer that make queries, and keys and values."""

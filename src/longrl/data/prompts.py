@@ -6,11 +6,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
-from longrl.config import CacheConfig
+import torch
+
+from longrl.config import CacheConfig, DataConfig, DataRunConfig, QuickstartConfig
 from longrl.data.clips import Clips
 from longrl.data.examples import Skips
 from longrl.models.family import Family
 from longrl.parallel.ranks import ALONE, Ranks
+from longrl.plan.plan import max_prompt_tokens
 from longrl.types import Clip, Example, MediaEmbeds, MediaError, Prompt
 from longrl.video.cache import EmbedCache
 from longrl.video.encode import Looked
@@ -19,6 +22,25 @@ T = TypeVar("T", Looked, MediaEmbeds)
 
 Change = Callable[[Example, tuple[MediaEmbeds, ...]], tuple[Example, tuple[MediaEmbeds, ...]]]
 """What a control does to an example and its media before the prompt is built."""
+
+
+def prompt_limit(
+    config: DataRunConfig | QuickstartConfig, data: DataConfig, device: torch.device, ranks: Ranks
+) -> tuple[int | None, str]:
+    """Tokens of the longest prompt that a run has room for, and what says so; the same on all ranks, which all call it.
+
+    Args:
+        data: of the run; a quickstart makes one for each stage.
+    """
+    planned = None
+    if isinstance(config, DataRunConfig):
+        gpu_bytes = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
+        planned = max_prompt_tokens(config, ranks.size, gpu_bytes)
+        if planned is not None:
+            planned = min(tokens for tokens in ranks.gather_all(planned) if tokens is not None)
+    if planned is None or (data.max_prompt_tokens is not None and data.max_prompt_tokens <= planned):
+        return data.max_prompt_tokens, "data.max_prompt_tokens"
+    return planned, "the memory plan (longrl check)"
 
 
 class PromptBuilder:

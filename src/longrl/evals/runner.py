@@ -15,7 +15,7 @@ from longrl.check import require_model
 from longrl.config import EvalRunConfig, QuickstartConfig, RlConfig
 from longrl.data.examples import Skips, load_examples
 from longrl.data.order import by_media
-from longrl.data.prompts import Change, PromptBuilder
+from longrl.data.prompts import Change, PromptBuilder, prompt_limit
 from longrl.files import write_whole
 from longrl.models.streams import num_tokens
 from longrl.parallel.ranks import ALONE, Ranks
@@ -121,7 +121,8 @@ def evaluate(
         change: a control: what is done to each prompt's example and media first (see controls.py).
         forced: a control: the text that every response is made to begin with.
     """
-    build = PromptBuilder(policy.family, config.cache, skips, ranks, skips.data.max_prompt_tokens)
+    limit = prompt_limit(config, skips.data, policy.trunk.device, ranks)
+    build = PromptBuilder(policy.family, config.cache, skips, ranks, *limit)
     asked = config.eval
     sampling = config.rollout.model_copy(
         update={

@@ -74,4 +74,6 @@ class OwnKV:
         self.sizes = [int(part.sum()) for part in rows.split(self.sizes)]
         self.padding = self.padding[rows]
         self._is_padded = bool(self.padding.any())
-        self.keys, self.values = ([x[rows] for x in xs] for xs in (self.keys, self.values))
+        for kept in (self.keys, self.values):
+            for layer, x in enumerate(kept):  # one after the other, so that no more than one is there twice
+                kept[layer] = x[rows]

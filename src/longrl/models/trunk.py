@@ -31,11 +31,10 @@ from longrl.models.streams import Streams
 from longrl.parallel.attend import attend, attend_decode
 from longrl.parallel.ring import attend_ring, attend_ring_decode, attend_ring_streams
 from longrl.parallel.sequence import Replicated, SequenceGroup, Sharded
+from longrl.plan.work import HEAD_CHUNK
 from longrl.types import MediaLeaf, Prefix, Prompt
 
 ATTENTION = "longrl_shared_prefix"
-HEAD_CHUNK = 2048
-"""Tokens whose logits exist at one time."""
 
 
 class Call:

@@ -87,20 +87,25 @@ def smallest_change(
 ) -> tuple[dict[str, str], Work, Setup] | None:
     """What to set so that it fits, tried in all combinations.
 
-    First what changes no result (recomputation, offload, tiles, layout of the processes, also more of them), and of
-    that the fewest keys, then the fastest; only then adapters in the place of full fine-tuning, and fewer frames.
+    First what changes no result: recomputation, offload, tiles and layout of the processes, then of up to eight times
+    as many; of that the fewest keys, then the fastest. Only then adapters in the place of full fine-tuning, and fewer
+    frames.
 
     Returns:
         Configuration keys and values, with the work and setup that they come to; None where nothing helps.
     """
-    best = None
-    for changes, results, other_work, other in _tries(shape, work, setup, processes):
-        if not fits(shape, other_work, other, device):
-            continue
-        cost = (results, len(changes), other.sp, plan_cost(shape, other_work, other, device).total_s)
-        if best is None or cost < best[0]:
-            best = cost, changes, other_work, other
-    return None if best is None else best[1:]
+    for lossy, times in ((False, 1), (False, 2), (False, 4), (False, 8), (True, 1)):
+        best = None
+        for changes, results, other_work, other in _tries(shape, work, setup, processes * times):
+            if bool(results) != lossy or not fits(shape, other_work, other, device):
+                continue
+            cost = (results, len(changes), other.sp, plan_cost(shape, other_work, other, device).total_s)
+            if best is None or cost < best[0]:
+                best = cost, changes, other_work, other
+        if best is not None:
+            more = {"processes": str(processes * times)} if times > 1 else {}
+            return more | best[1], *best[2:]
+    return None
 
 
 def _tries(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
@@ -130,7 +131,7 @@ def degree_rule(config: DataRunConfig, processes: int, gpu_bytes: int | None) ->
 def _without_prompt(
     config: DataRunConfig, processes: int, gpu_bytes: int | None
 ) -> tuple[ModelShape, Setup, Work, Device]:
-    shape, device = _shape(config), find_device("CPU", processes)
+    shape, device = _shape(config), find_device("CPU", int(os.environ.get("LOCAL_WORLD_SIZE", processes)))
     if gpu_bytes is not None:
         device = replace(GPUS["A100-80G"], memory_bytes=gpu_bytes)  # memory decides; rates only order layouts
     nothing = PromptSize(video_tokens=0, text_tokens=TEXT_TOKENS, frames=0, merge=1, source="")
@@ -190,11 +191,12 @@ def work_of(config: DataRunConfig, prompt: PromptSize) -> Work:
     if isinstance(config, SftConfig):
         return work
     assert isinstance(config, RlConfig | EvalRunConfig)
+    asked = config.rollout.group_size if isinstance(config, RlConfig) else config.eval.samples
     return replace(
         work,
-        group_size=share * (config.rollout.group_size if isinstance(config, RlConfig) else config.eval.samples),
+        group_size=share * asked,
         response_tokens=rest + config.rollout.max_new_tokens,
-        max_streams=config.rollout.max_streams,
+        max_streams=max(1, config.rollout.max_streams // asked) * asked,  # whole groups
         rollout=True,
         trains=isinstance(config, RlConfig),
         updates=config.algo.updates_per_batch if isinstance(config, RlConfig) else 1,

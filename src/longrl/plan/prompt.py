@@ -82,10 +82,16 @@ def _measured(examples: list[Example], vision: VisionShape) -> list[tuple[int, i
     for example in examples:
         if example.clips:
             first.setdefault(example.clips[0].path, example)
-    return [
-        tuple(map(sum, zip(*(_clip_size(clip, vision) for clip in example.clips), strict=True)))  # pyright: ignore
-        for example in list(first.values())[:PROBED]
-    ]
+    sizes: list[tuple[int, int]] = []
+    for example in list(first.values())[:PROBED]:
+        try:
+            parts = [_clip_size(clip, vision) for clip in example.clips]
+        except MediaError:
+            continue  # the run says what is wrong with it
+        sizes.append((sum(frames for frames, _ in parts), sum(tokens for _, tokens in parts)))
+    if not sizes:
+        raise ValueError("none of its first videos can be read")
+    return sizes
 
 
 def _clip_size(clip: Clip, vision: VisionShape) -> tuple[int, int]:
