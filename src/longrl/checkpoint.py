@@ -1,7 +1,7 @@
 """Checkpoints that are complete or ignored, and that are Hugging Face folders already.
 
     DIR/step_000020/model/                what `from_pretrained` loads
-    DIR/step_000020/trainer.safetensors   optimizer state and the like, bit for bit
+    DIR/step_000020/trainer/              optimizer state, bit for bit (parallel/tensor_files.py)
     DIR/step_000020/state.json            counters
     DIR/step_000020/COMPLETE.json         sizes and checksums of all of the above; written last
 
@@ -25,13 +25,12 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from longrl.config import ModelConfig, TrainConfig
 from longrl.config_files import load_config
 from longrl.models import base_path, load_family
-from longrl.parallel.shard import like
+from longrl.parallel import tensor_files
 from longrl.runtime import CONFIG_NAME
 
 log = logging.getLogger(__name__)
@@ -57,8 +56,9 @@ class Checkpoint:
     def model_path(self) -> Path:
         return self.path / "model"
 
-    def tensors(self) -> dict[str, Tensor]:
-        return load_file(self.path / "trainer.safetensors")
+    @property
+    def trainer_path(self) -> Path:
+        return self.path / "trainer"
 
 
 class IncompleteError(Exception):
@@ -78,14 +78,18 @@ class Checkpoints:
         self.keep = keep
 
     def save(
-        self, step: int, write_model: Callable[[Path], None], tensors: dict[str, Tensor], state: dict[str, Any]
+        self,
+        step: int,
+        write_model: Callable[[Path], None],
+        write_trainer: Callable[[Path], None],
+        state: dict[str, Any],
     ) -> Path:
         """Writes a checkpoint, whole and synced to disk, or nothing; then removes those that are too old to keep.
 
         Args:
             step: Steps done. An existing checkpoint of this step is replaced.
             write_model: Writes a Hugging Face folder at the path it gets.
-            tensors: Saved with their exact bits, of any dtype and shape.
+            write_trainer: Writes the folder of optimizer state at the path it gets.
             state: Plain JSON values.
 
         Raises:
@@ -100,8 +104,8 @@ class Checkpoints:
             with tempfile.TemporaryDirectory(prefix=_TEMP_PREFIX, dir=self.dir, ignore_cleanup_errors=True) as temp:
                 folder = Path(temp, final.name)
                 folder.mkdir()
+                write_trainer(folder / "trainer")
                 write_model(folder / "model")
-                save_file(_separate(tensors), folder / "trainer.safetensors")
                 (folder / "state.json").write_text(text)
                 _seal(folder, step)
                 _publish(folder, final)
@@ -177,27 +181,28 @@ def pack_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     return packed
 
 
-def unpack_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """Puts back what `pack_optimizer` took, exactly; other names in tensors are left alone.
+def read_optimizer(optimizer: torch.optim.Optimizer, folder: Path) -> None:
+    """Puts back exactly what `pack_optimizer` took and `tensor_files.write` wrote; of sharded parameters this rank's
+    part.
 
     Raises:
         ValueError: The state belongs to other parameters.
     """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state: dict[int, dict[str, Tensor]] = {}
-    for packed_name, value in tensors.items():
-        if not packed_name.startswith("optimizer."):
-            continue
+    tensors: dict[str, Tensor] = {}
+    for packed_name, (shape, dtype) in tensor_files.sizes(folder).items():
         index_text, name = packed_name.removeprefix("optimizer.").split(".")
         index = int(index_text)
-        if index >= len(parameters) or value.shape not in ((), parameters[index].shape):
+        if index >= len(parameters) or shape not in ((), parameters[index].shape):
             expected = f"shape {list(parameters[index].shape)}" if index < len(parameters) else "no such parameter"
             raise ValueError(
-                f"optimizer state {name} of parameter {index} has shape {list(value.shape)}, the model has {expected}; "
+                f"optimizer state {name} of parameter {index} has shape {list(shape)}, the model has {expected}; "
                 "the checkpoint is of another model"
             )
-        # A clone, as the optimizer writes to it in place and the caller may go on using the tensors.
-        state.setdefault(index, {})[name] = like(value, parameters[index]).clone()
+        like = torch.zeros((), dtype=dtype) if shape == () else torch.zeros_like(parameters[index], dtype=dtype)
+        tensors[packed_name] = state.setdefault(index, {})[name] = like
+    tensor_files.read_into(tensors, folder)
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
@@ -248,18 +253,6 @@ def _merged(run: Path, adapter: Path, out: Path) -> Path:
     adapters.merge(family)
     family.save(out)
     return out
-
-
-def _separate(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """On the CPU, and each in memory of its own, as safetensors asks."""
-    seen: set[int] = set()
-    separate = {}
-    for name, tensor in tensors.items():
-        tensor = tensor.detach().cpu().contiguous()
-        start = tensor.untyped_storage().data_ptr()
-        separate[name] = tensor.clone() if start in seen else tensor
-        seen.add(start)
-    return separate
 
 
 def _files(folder: Path) -> dict[str, Path]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from longrl.check import require_model
-from longrl.checkpoint import FOLDER, Checkpoints, pack_optimizer, unpack_optimizer
+from longrl.checkpoint import FOLDER, Checkpoints, pack_optimizer, read_optimizer
 from longrl.config import TrainConfig
 from longrl.data.examples import Skips
 from longrl.data.order import step_examples
@@ -17,6 +17,7 @@ from longrl.data.prompts import PromptBuilder, prompt_limit
 from longrl.models import adapters
 from longrl.models.streams import cohorts, num_tokens
 from longrl.optim import Optimizer
+from longrl.parallel import tensor_files
 from longrl.parallel.gradients import sum_gradients
 from longrl.parallel.ranks import ALONE, Ranks
 from longrl.parallel.shard import whole
@@ -80,7 +81,7 @@ class Training:
         self.done, self.sharded = 0, config.parallel.shard
         self._drawn: set[str] = set()
         if latest:
-            unpack_optimizer(self.optimizer.adamw, latest.tensors())
+            read_optimizer(self.optimizer.adamw, latest.trainer_path)
             skips.names.update(latest.state["skipped"])
             self.done = self.policy.version = latest.step
 
@@ -135,18 +136,28 @@ class Training:
         return step == self.config.steps or (every > 0 and step % every == 0)
 
     def save_if_due(self, step: int) -> None:
-        """The main rank saves; those that it shares the weights with hand over theirs."""
+        """The main rank saves; those that it shares the weights with hand over theirs, and write their own part of the
+        optimizer state."""
         if self.ranks.dp_rank or not self.is_due(step, self.config.checkpoint.every_steps):
             return
         self.policy.reshard()
         family, main = self.policy.family, self.ranks.is_main
-        tensors = whole(pack_optimizer(self.optimizer.adamw), main)
         if self.config.model.lora:
             write = partial(adapters.save, family, weights=whole(adapters.parameters(family.model), main))
         else:
             write = partial(family.save, weights=whole(family.model.state_dict(keep_vars=True), main))
         if main:
-            self.checkpoints.save(step, write, tensors, {"skipped": self.skips.names})
+            self.checkpoints.save(step, write, self._write_optimizer, {"skipped": self.skips.names})
+        elif self.sharded:
+            self._write_optimizer(None)
+
+    def _write_optimizer(self, folder: Path | None) -> None:
+        """folder: where, known to the main rank."""
+        group, where = None, folder
+        if self.sharded and self.ranks.sp is not None:
+            group, where = self.ranks.sp.group, self.ranks.once(lambda: folder)
+        assert where is not None
+        tensor_files.write(pack_optimizer(self.optimizer.adamw), where, group)
 
     def last_model(self) -> Path:
         """The Hugging Face folder of the last checkpoint; of adapters, peft's."""

@@ -6,10 +6,10 @@ import shutil
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from longrl.config import ModelConfig
 from longrl.models import load_family
+from longrl.parallel import tensor_files
 from longrl.report.metrics import read_metrics
 from longrl.train_rl import train_rl
 from longrl.train_sft import train_sft
@@ -36,7 +36,7 @@ def test_resume_is_bit_identical_and_no_embedding_is_used_twice(dataset, tmp_pat
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "step_000004")
     resumed = train_sft(config)
     assert same_bits(weights(whole), weights(resumed))
-    assert same_bits(*(load_file(folder / "../trainer.safetensors") for folder in (whole, resumed)))
+    assert same_bits(*(tensor_files.read(folder / "../trainer") for folder in (whole, resumed)))
 
 
 @pytest.mark.parametrize("part", ["projector", "tower"])

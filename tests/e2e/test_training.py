@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 
 from longrl.config import ModelConfig, RlConfig
 from longrl.models import load_family
-from longrl.parallel import attend
+from longrl.parallel import attend, tensor_files
 from longrl.report.metrics import read_metrics
 from longrl.train_rl import train_rl
 from longrl.train_sft import train_sft
@@ -77,8 +77,7 @@ def test_resume_is_bit_identical(dataset, tmp_path, algo):
     assert [line["step"] for line in read_metrics(tmp_path / "run" / "metrics.jsonl")] == [1, 2, 3]
     resumed = train_rl(config)
     assert same_bits(weights(whole), weights(resumed))
-    trainer = "../trainer.safetensors"
-    assert same_bits(load_file(whole / trainer), load_file(resumed / trainer))
+    assert same_bits(*(tensor_files.read(folder / "../trainer") for folder in (whole, resumed)))
 
     def values(run: str) -> list[dict]:
         timed = ("wall_s", "time/", "cache/")
@@ -136,7 +135,7 @@ def test_later_updates_of_a_batch_are_clipped_and_the_optimizer_counts_them(data
         assert line["approx_kl"] > 1e-3
         assert abs(line["ratio"] - 1) > 1e-6
         assert line["sampling/logprob_diff"] < 1e-5  # compared under the weights that sampled, only
-        trainer = load_file(folder / "../trainer.safetensors")
+        trainer = tensor_files.read(folder / "../trainer")
         assert {int(value) for name, value in trainer.items() if name.endswith("step")} == {6}
     assert not same_bits(*ends)
 

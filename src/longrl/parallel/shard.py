@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 
 from longrl.parallel.sequence import SequenceGroup
 
@@ -92,13 +92,6 @@ def reshard(root: nn.Module) -> None:
 def local(x: Tensor) -> Tensor:
     """What this rank holds of a tensor, sharing its memory."""
     return x.to_local() if isinstance(x, DTensor) else x
-
-
-def like(x: Tensor, parameter: Tensor) -> Tensor:
-    """Of a whole tensor what this rank holds of the parameter that it belongs to; a scalar stays."""
-    if not isinstance(parameter, DTensor) or x.shape != parameter.shape:
-        return x
-    return distribute_tensor(x, parameter.device_mesh, parameter.placements, src_data_rank=None)
 
 
 def whole(tensors: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
