@@ -177,11 +177,15 @@ def test_change_makes_it_fit_and_no_part_of_it_can_be_left_out(device, processes
 
 
 def test_fewer_frames_are_offered_last_and_nothing_where_nothing_helps():
-    long = replace(HOUR, prompt_tokens=1_000_000)
-    found = smallest_change(B7, long, BF16, H200, 1)
+    found = smallest_change(B7, replace(HOUR, prompt_tokens=1_000_000), BF16, H200, 1)
+    assert found is not None
+    assert found[0]["processes"] == "4"  # what changes no result comes first
+    assert "frames" not in found[0]
+    found = smallest_change(B7, replace(HOUR, prompt_tokens=2_500_000), BF16, H200, 1)
     assert found is not None
     assert "frames" in found[0]
-    assert smallest_change(SHAPES["Qwen/Qwen2.5-VL-72B-Instruct"], HOUR, BF16, H100, 1) is None
+    vast = replace(HOUR, prompt_tokens=8_000_000)
+    assert smallest_change(SHAPES["Qwen/Qwen2.5-VL-72B-Instruct"], vast, BF16, H100, 1) is None
 
 
 def test_memory_does_not_depend_on_how_many_prompts_or_rollouts():
