@@ -181,10 +181,10 @@ def test_fewer_frames_are_offered_last_and_nothing_where_nothing_helps():
     assert found is not None
     assert found[0]["processes"] == "4"  # what changes no result comes first
     assert "frames" not in found[0]
-    found = smallest_change(B7, replace(HOUR, prompt_tokens=2_500_000), BF16, H200, 1)
+    found = smallest_change(B7, replace(HOUR, prompt_tokens=4_000_000), BF16, H200, 1)
     assert found is not None
     assert "frames" in found[0]
-    vast = replace(HOUR, prompt_tokens=8_000_000)
+    vast = replace(HOUR, prompt_tokens=80_000_000)
     assert smallest_change(SHAPES["Qwen/Qwen2.5-VL-72B-Instruct"], vast, BF16, H100, 1) is None
 
 

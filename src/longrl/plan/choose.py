@@ -94,7 +94,7 @@ def smallest_change(
     Returns:
         Configuration keys and values, with the work and setup that they come to; None where nothing helps.
     """
-    for lossy, times in ((False, 1), (False, 2), (False, 4), (False, 8), (True, 1)):
+    for lossy, times in product((False, True), (1, 2, 4, 8)):
         best = None
         for changes, results, other_work, other in _tries(shape, work, setup, processes * times):
             if bool(results) != lossy or not fits(shape, other_work, other, device):
