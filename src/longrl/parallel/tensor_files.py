@@ -11,8 +11,11 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 
 
 def write(tensors: Mapping[str, Tensor], folder: Path, group: dist.ProcessGroup | None = None) -> None:
@@ -28,8 +31,8 @@ def write(tensors: Mapping[str, Tensor], folder: Path, group: dist.ProcessGroup 
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with _quiet():
-            dcp.save(dict(tensors), storage_writer=_writer(folder), process_group=group, no_dist=group is None)
-    except dcp.api.CheckpointException as error:
+            save(dict(tensors), storage_writer=FileSystemWriter(folder), process_group=group, no_dist=group is None)
+    except CheckpointException as error:
         first = next(iter(error.failures.values()))[0]
         # PyTorch's writer does not say why a file took no more
         said = str(first) if isinstance(first, OSError) else f"{folder} took no more bytes ({first})"
@@ -38,7 +41,7 @@ def write(tensors: Mapping[str, Tensor], folder: Path, group: dist.ProcessGroup 
 
 def sizes(folder: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
     """Shape and type of each, in full."""
-    entries = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
+    entries = FileSystemReader(folder).read_metadata().state_dict_metadata
     return {
         name: (entry.size, entry.properties.dtype)
         for name, entry in entries.items()
@@ -49,7 +52,7 @@ def sizes(folder: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
 def read_into(tensors: Mapping[str, Tensor], folder: Path) -> None:
     """Fills them, of sharded ones this rank's part; no other rank need take part."""
     with _quiet():
-        dcp.load(dict(tensors), storage_reader=dcp.FileSystemReader(folder), no_dist=True)
+        load(dict(tensors), storage_reader=FileSystemReader(folder), no_dist=True)
 
 
 def read(folder: Path) -> dict[str, Tensor]:
@@ -65,7 +68,3 @@ def _quiet() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
         yield
-
-
-def _writer(folder: Path) -> dcp.FileSystemWriter:
-    return dcp.FileSystemWriter(folder, single_file_per_rank=True, sync_files=True)
