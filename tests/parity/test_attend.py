@@ -7,7 +7,20 @@ import math
 import pytest
 import torch
 
-from longrl.parallel.attend import attend, attend_decode, attend_plain, widen
+from longrl.parallel.attend import attend, attend_decode, widen
+
+
+def attend_plain(q, k, v, prefix, scale):
+    """The slow twin of `attend`: one softmax over the concatenated keys, by autograd. Arguments as there."""
+    streams, heads, length, _ = q.shape
+    repeat = heads // k.shape[1]
+    mask = torch.ones(length, length, dtype=torch.bool, device=q.device).tril()
+    if prefix is not None:
+        k, v = (torch.cat([p.expand(streams, *p.shape), x], 2) for p, x in zip(prefix, (k, v), strict=True))
+        mask = torch.cat([mask.new_ones(length, k.shape[2] - length), mask], 1)
+    logits = (q @ k.repeat_interleave(repeat, 1).transpose(-1, -2)) * scale
+    return logits.masked_fill(~mask, float("-inf")).softmax(-1) @ v.repeat_interleave(repeat, 1)
+
 
 EPS = {torch.float64: 2.3e-16, torch.float32: 1.2e-7}
 """Relative distance of neighbouring numbers."""

@@ -42,25 +42,13 @@ def wider(x: Tensor) -> torch.dtype:
     """Of the attention of streams to their own tokens: fp64 for fp32 on the CPU, otherwise as it is.
 
     Engine and trainer take these sums by different kernels, and so in another order. Those over the prefix they take by
-    one kernel, block by block in the same order. Log-probs of a trained model then agree to the last bit.
+    one kernel, block by block in the same order. What is seen of the difference: docs/numerics.md.
     """
     return torch.float64 if x.dtype == torch.float32 and x.device.type == "cpu" else x.dtype
 
 
 def widen(x: Tensor) -> Tensor:
     return x.to(wider(x))
-
-
-def attend_plain(q: Tensor, k: Tensor, v: Tensor, prefix: tuple[Tensor, Tensor] | None, scale: float) -> Tensor:
-    """The slow twin of `attend`: one softmax over the concatenated keys, by autograd. Arguments as there."""
-    streams, heads, length, _ = q.shape
-    repeat = heads // k.shape[1]
-    mask = torch.ones(length, length, dtype=torch.bool, device=q.device).tril()
-    if prefix is not None:
-        k, v = (torch.cat([p.expand(streams, *p.shape), x], 2) for p, x in zip(prefix, (k, v), strict=True))
-        mask = torch.cat([mask.new_ones(length, k.shape[2] - length), mask], 1)
-    logits = (q @ k.repeat_interleave(repeat, 1).transpose(-1, -2)) * scale
-    return logits.masked_fill(~mask, float("-inf")).softmax(-1) @ v.repeat_interleave(repeat, 1)
 
 
 def attend_decode(
