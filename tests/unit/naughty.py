@@ -14,6 +14,14 @@ from longrl.types import Example, Rollout
 MIB = 2**20
 
 
+class MuteError(Exception):
+    def __init__(self) -> None:
+        super().__init__(lambda: None)  # cannot be pickled
+
+    def __str__(self) -> str:
+        raise RuntimeError("no words")
+
+
 def naughty(example: Example, rollout: Rollout, *, good: float = 1.0) -> float | None:
     """Does what the response says."""
     said = rollout.text
@@ -43,8 +51,13 @@ def naughty(example: Example, rollout: Rollout, *, good: float = 1.0) -> float |
     if said == "bequeath":  # a child that would hold on to what the worker has open
         subprocess.Popen(["sleep", "600"])
         os._exit(1)
+    if said == "fork":  # and the child comes back later
+        time.sleep(0.0 if os.fork() else 0.3)
+        return 0.25
     if said == "text":
         return "high"  # pyright: ignore[reportReturnType]
+    if said == "mute":
+        raise MuteError
     if said == "nan":
         return float("nan")
     return None if said == "none" else good

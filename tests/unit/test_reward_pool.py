@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 
 import pytest
 
@@ -39,7 +40,9 @@ def pool():
         ("grow", "MemoryError"),
         ("print", "it printed 1048576 bytes or more"),
         ("print bit by bit", "printed 1048576 bytes or more|File too large"),
-        ("text", "ValueError: could not convert string to float: 'high'"),
+        ("text", "TypeError: a reward must be a number or None, got a str"),
+        ("nan", "ValueError: a reward must be a finite number, got nan"),
+        ("mute", "the worker ended with 1: RuntimeError: no words"),
     ],
 )
 def test_a_row_that_breaks_its_worker_has_no_reward_and_the_next_one_has(pool, said, message):
@@ -52,6 +55,12 @@ def test_none_and_a_little_print_are_no_failures(pool):
     assert pool.submit(NAME, {}, EXAMPLE, rollout("none")).result(timeout=60) is None
     for _ in range(3):  # more than a limit of 1,000 bytes together would allow
         assert pool.submit(NAME, {}, EXAMPLE, rollout("print a little")).result(timeout=60) == 1.0
+
+
+def test_what_a_reward_forks_does_not_reply_to_the_next_request(pool):
+    assert pool.submit(NAME, {}, EXAMPLE, rollout("fork")).result(timeout=60) == 0.25
+    time.sleep(0.6)
+    assert [pool.submit(NAME, {}, EXAMPLE, rollout("fine")).result(timeout=60) for _ in range(3)] == [1.0] * 3
 
 
 def test_workers_see_no_keys(monkeypatch):

@@ -14,12 +14,14 @@ from string import ascii_uppercase
 from longrl.rewards.answer import after_answer, final_answer, normalise, parse_letter, plain
 from longrl.types import Example, Rollout
 
-_STRUCK = re.compile(r"~~|[\u00ac\u2260\u2717\u2718\u274c\u00d7\u0336]|!=")
+_STRUCK = re.compile(
+    r"~~|[\u00ac\u2260\u2717\u2718\u274c\u00d7\u0336]|!=|\\(?:[bx]?cancel|sout|st)\b|<s>[^<]*</s>", re.I
+)
 
 _BARE = r"\b(?P<bare>[A-Za-z])(?![\w']|[-\u2013\u2014/&+|]\w|\.[A-Za-z]\b)"
 _IN = r"\(\s*(?P<in>[A-Za-z])\s*\)"
 # After the bare letter of an answer does not come just any word: "A dog" and "C major" name no option.
-_NEXT = r"(?=\s*(?:$|[).:,;!?|({}\u2013\u2014\n]|-\s|(?:because|since|as|given|which|based|for sure)\b))"
+_NEXT = r"(?=\s*(?:$|[).:,;!?|({}\u2013\u2014\u2705\u2714\n]|-\s|(?:because|since|as|given|which|based|for sure)\b))"
 _LETTER = rf"(?:{_IN}|{_BARE}{_NEXT})"
 _SURELY = r"(?:clearly|obviously|definitely|certainly|indeed|simply|therefore|thus|hence|undoubtedly)"
 _IS = (
@@ -30,7 +32,8 @@ _IS = (
 _CUE = r"(?:\b(?:the|my|our|final|correct|best|right|most \w+)\s+){0,6}"
 _STATED = re.compile(
     rf"{_CUE}(?:\b(?:answer|ans\.?){_IS}{{0,5}}|\b(?:option|choice|selection|letter|pick|verdict|response){_IS}{{1,5}}"
-    rf"|\b(?:choose|pick|select|answer|(?:go|going) (?:with|for))(?:\s+(?:option|choice|answer|letter))?"
+    rf"|\b(?:choose|pick|select|answer|(?:go|going) (?:with|for)|settle on|opt for)"
+    r"(?:\s+(?:option|choice|answer|letter))?"
     r"|\b(?:so|thus|therefore|hence|conclusion)[,:]?"
     r"|\b(?:is|matches|corresponds to|supports)\s+(?:option|choice|answer))"
     rf"\s*{_LETTER}",
@@ -48,16 +51,26 @@ _LEAD = (
     r"|that|that's|this|conclusion|i(?: am|'m) (?:sure|certain|confident)(?: that)?"
     rf"|i(?:'d| would)? (?:choose|pick|select|say|answer|go with|think|believe)|{_SURELY})\b[\s:,=-]*){{0,12}}"
 )
-_HEAD = re.compile(rf"{_LEAD}{_LETTER}", re.I)
+_HEAD = re.compile(rf"(?P<lead>{_LEAD}){_LETTER}", re.I)
+_OPENING = re.compile(r"[.\n]|,\s*(?:so|therefore|thus|hence)\b", re.I)
+# What leads up to an option's text.
+_TEXT_LEAD = re.compile(
+    r"^(?:(?:so|thus|therefore|hence),?\s+)?(?:(?:the|my|final|correct|best|right)\s+){0,3}answer(?:\s+is)?\s*[:=]?\s*",
+    re.I,
+)
+_MORE = re.compile(r"\s*,?\s*(?:and|or|nor|plus|as well as|[/&])\s+", re.I)
 _IN_BRACKETS_LAST = re.compile(r"\((?P<in>[A-Z])\)\s*[.!]*$")
 
-_LIST = r"(?:\(?\b[A-HJ-Z]\b\)?(?:\s*,?\s*(?:and|or|nor)\s+|\s*,\s*|\s*/\s*)){0,25}\(?\b[A-HJ-Z]\b\)?"
+_AND = r"(?:\s*,?\s*(?:and|or|nor)\s+|\s*,\s*|\s*/\s*)"
+_LIST = rf"(?:\(?\b[A-HJ-Z]\b\)?{_AND}){{0,25}}\(?\b[A-HJ-Z]\b\)?"
+_WHOLE = r"(?:\([A-HJ-Z]\)|\b[A-HJ-Z]\b)"  # for "(not A) or C", where the list ends at A
 # Options that are set aside: "A, C and D are not shown", "B rather than C", "(not D)".
 _ELIMINATED = re.compile(
     rf"(?:\b(?:options?|choices?|answers?)\s+)?(?P<subject>{_LIST})\s+(?:(?:is|are|was|were|do|does|did|can)(?:\s+not\b|n't\b"
     r"|not\b)(?!\s+(?:wrong|incorrect|false|only))|(?:is|are)\s+(?:(?:all|clearly|both|obviously)\s+)?"
     r"(?:wrong|incorrect|false|eliminated|ruled out|unsupported|irrelevant)\b)"
-    rf"|(?<=[\s,(])(?:and\s+)?(?:not|rather than|instead of)\s+(?:options?\s+)?(?P<object>{_LIST})(?=\s*[.,;)!]|\s*$)"
+    rf"|(?<=[\s,(])(?:and\s+)?(?:not|rather than|instead of)\s+(?:options?\s+)?"
+    rf"(?P<object>(?:{_WHOLE}{_AND}){{0,25}}{_WHOLE})(?=\s*[.,;)!]|\s*$)"
 )
 # Options that are merely talked about, before the answer.
 _DISCUSSED = re.compile(
@@ -86,7 +99,8 @@ _AFTER = re.compile(
     r"|i mean|mistake\w*|reconsider\w*|change my|on the other hand|unless|otherwise|both|same for|all of them|any of)\b"
     r"|\bno,|\bactually,? (?:no|not|it|the|that)\b"
     r"|\b(?:it|this|that|which|answer)(?: is|'s| was) (?:wrong|incorrect|false|not)\b"
-    r"|\b(?:is|was)(?:n't| not) (?:right|correct|true|the answer)\b|\b(?:opposite|joke|lie|lying|pretend\w*)\b",
+    r"|\b(?:is|was)(?:n't| not) (?:right|correct|true|the answer)\b|\b(?:opposite|joke|lie|lying|pretend\w*)\b"
+    r"|\b(?:assuming|supposing|provided that|whatever|among others|etc|said (?:no one|nobody))\b",
     re.I,
 )
 _AFTER_AT_ONCE = re.compile(
@@ -95,12 +109,23 @@ _AFTER_AT_ONCE = re.compile(
     re.I,
 )
 _BEFORE = re.compile(
-    rf"\?|{_DOUBT}|\b(?:if|might|may|could|whether|suppose|assum\w+|unless|first|second|next|other|others|another|previous|initial\w*|alternative"
-    r"|tempting|told|many|everyone|some|someone|people|he|she|they|his|her|their|your|user|example|format)\b",
+    rf"\?|{_DOUBT}|\b(?:if|might|may|could|whether|suppose|assum\w+|unless"
+    r"|(?:first|second|next|other|another|previous|initial|alternative|trap|naive|obvious|expected|reference)"
+    r"(?: (?:answer|choice|option|guess|pick|selection|response)|(?=\s*$))|at first|initially|others"
+    r"|suspect|it (?:seems|appears)|looks like|tempting|told|many|do you|why|everyone|some|someone|people"
+    r"|he|she|they|his|her|their|your|user|example|format)\b",
     re.I,
 )
 _NEGATED = re.compile(
-    r"\b(?:not|never|no|neither|nor|wrong|incorrect|false|hardly|cannot|except|but|avoid|refuse|\w+n't)\b", re.I
+    r"\b(?:not|never|no|neither|nor|wrong|incorrect|false|hardly|cannot|except|but|avoid|refuse|mistake\w*|error|foolish|absurd|silly|disagree\w*|den(?:y|ies)|doubt\w*|\w+n't)\b",
+    re.I,
+)
+# A statement that is somebody else's: "The sign says: ...", "the teacher's answer is".
+_REPORTED = re.compile(
+    r"\b(?:says|said|reads|claims|claimed|states|stated|writes|wrote|thinks|believes|insists)\s*[:,]?\s*(?:that\s*)?$"
+    r"|\b(?:blackboard|whiteboard|board|sign|caption|subtitles?|screen|narrator|teacher|speaker)\s*:\s*$"
+    r"|(?<!\bit)(?<!\bthat)(?<!\bhere)(?<!\bwhat)(?<!\blet)'s\s*$",
+    re.I,
 )
 _OPTION = re.compile(r"^\s*\(?([A-Z])[).:]\s*(\S.*?)\s*$", re.M)
 
@@ -157,12 +182,10 @@ def choose(text: str, options: Mapping[str, str] | None = None) -> str | None:
             option's text is a contradiction, and letters that are no option are just letters.
     """
     options, core = options or {}, plain(text)
-    if _STRUCK.search(core):
+    if _STRUCK.search(text) or _STRUCK.search(core):
         return None
     headed = _HEAD.match(core)
-    by_text = [
-        letter for letter, option in options.items() if not headed and normalise(option) == normalise(core) != ()
-    ]
+    by_text = [letter for letter, option in options.items() if not headed and _says(core, option)]
     core = _LISTING.sub("", core)
     eliminated = {letter for match in _ELIMINATED.finditer(core) for letter in _letters(match)}
     letter = _settled(_ELIMINATED.sub(" ", core), options)
@@ -170,9 +193,19 @@ def choose(text: str, options: Mapping[str, str] | None = None) -> str | None:
         return by_text[0] if len(by_text) == 1 and letter in (None, by_text[0]) else None
     if letter is None or letter in eliminated or (options and letter not in options):
         return None
+    opening = _OPENING.split(core, maxsplit=1)[0]
+    if any(_says(opening, option) for other, option in options.items() if other != letter):
+        return None  # "Yes. The answer is B.", where A is Yes
     # "A", where the text of another option is "A"
     lettered = any(_words(text) == [letter.casefold()] for other, text in options.items() if other != letter)
     return None if lettered and not _match_words(options[letter], core.partition(" ")[2]) else letter
+
+
+def _says(core: str, option: str) -> bool:
+    """Whether an answer is an option's text, without letters and marks that the text does not have."""
+    said = _TEXT_LEAD.sub("", core)
+    added = _mentioned(said) - _mentioned(plain(option)) or any(mark in said and mark not in option for mark in "?%+")
+    return normalise(option) == normalise(said) != () and not added
 
 
 def _settled(core: str, options: Mapping[str, str]) -> str | None:
@@ -187,6 +220,8 @@ def _settled(core: str, options: Mapping[str, str]) -> str | None:
         sure = clear and len(named) == 1 and all(_is_asserted(core[: match.start()]) for match in stated)
         return _letter(last) if sure and _ends(core[last.end() :], _letter(last), options) else None
     if head:
+        if head["lead"].strip() and _is_other_option(core, _letter(head), options):  # "Yes, B", where A is Yes
+            return None
         return _letter(head) if _ends(core[head.end() :], _letter(head), options) else None
     before, _, line = core.rpartition("\n")
     last = _HEAD.match(line) or _IN_BRACKETS_LAST.search(core)
@@ -204,25 +239,31 @@ def _is_asserted(before: str) -> bool:
     """Whether what leads up to a statement leaves it standing: no doubt or condition, no negation of it."""
     sentence = re.split(r"[.!\n;](?:\s|$)", before)[-1]
     clause = re.split(r",\s*$|\b(?:so|therefore|thus|hence|then|means)\b", sentence)
-    return not _BEFORE.search(sentence) and not _NEGATED.search(clause[-1])
+    return not (_BEFORE.search(sentence) or _NEGATED.search(clause[-1]) or _REPORTED.search(sentence))
 
 
 def _ends(tail: str, letter: str, options: Mapping[str, str]) -> bool:
     """Whether nothing after an answer's letter puts it in doubt."""
     if re.match(r"\s*\(\s*\d[\d.]*\s*%", tail):  # "B (60%)"
         return False
-    tail = re.sub(r"^[\s).:,;!|({}\u2013\u2014-]+", "", tail)
+    tail = re.sub(r"^[\s).:,;!|({}\u2013\u2014-]+(?:(?:that is|i\.e\.|namely|meaning)[,:]?\s+)?", "", tail)
     own = _match_words(options.get(letter, ""), tail)
     if _is_other_option(tail, letter, options) or (not own and _AFTER_AT_ONCE.match(tail)):
         return False
     tail = tail[own.end() :] if own else tail
+    if own and (more := _MORE.match(tail)) and _is_other_option(tail[more.end() :], letter, options):
+        return False
     return not _others(tail, letter, options) and not _AFTER.search(tail)
 
 
 def _others(text: str, letter: str, options: Mapping[str, str]) -> bool:
     """Whether `text` mentions another option."""
-    found = {next(filter(None, match.groups())).upper() for match in _MENTIONED.finditer(text)}
+    found = _mentioned(text)
     return bool(found & set(options) - {letter} if options else found - {letter})
+
+
+def _mentioned(text: str) -> set[str]:
+    return {next(filter(None, match.groups())).upper() for match in _MENTIONED.finditer(text)}
 
 
 def _is_other_option(text: str, letter: str, options: Mapping[str, str]) -> bool:

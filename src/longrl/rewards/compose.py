@@ -167,7 +167,7 @@ class Rewards:
         for name, x in made.items():
             try:
                 parts[name] = _number(x)
-            except Exception as error:  # noqa: BLE001 - a reward is user code: its failure must not end the run, nor pass for a 0
+            except (Exception, SystemExit) as error:  # noqa: BLE001 - user code: its failure must not end the run, nor pass for a 0
                 parts[name] = None
                 failed.append(name)
                 logger.warning("reward %s of example %s failed: %s: %s", name, example.id, type(error).__name__, error)
@@ -181,7 +181,7 @@ class Rewards:
     def _call(self, name: str, example: Example, rollout: Rollout) -> Any:
         try:
             return self._reward(self.of_kind(example.kind) if name == "answer" else name)(example, rollout)
-        except Exception as error:  # noqa: BLE001 - as in `score`, which counts it
+        except (Exception, SystemExit) as error:  # noqa: BLE001 - as in `score`, which counts it
             return error
 
     def _reward(self, name: str) -> Reward:
@@ -247,10 +247,22 @@ def bound(name: str, options: Mapping[str, Any], known: Mapping[str, Reward]) ->
 def _number(made: Any) -> float | None:
     value = made.future if isinstance(made, Soon) else made
     value = value.result() if isinstance(value, Future) else value
-    if isinstance(value, Exception):
+    if isinstance(value, BaseException):
         raise value
+    return number_or_none(value)
+
+
+def number_or_none(value: Any) -> float | None:
+    """What a reward returned, as a float.
+
+    Raises:
+        TypeError: It is no number.
+        ValueError: It is not finite.
+    """
     if value is None:
         return None
+    if not hasattr(value, "__float__"):
+        raise TypeError(f"a reward must be a number or None, got a {type(value).__name__}")
     if not abs(value) <= 1e30:  # nor NaN
         raise ValueError(f"a reward must be a finite number, got {value}")
     return float(value)

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from longrl.rewards.compose import REWARDS, bound
+from longrl.rewards.compose import REWARDS, bound, number_or_none
 from longrl.rewards.pool import MAX_PRINTED_BYTES
 
 
@@ -26,6 +26,7 @@ def main() -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (MAX_PRINTED_BYTES, MAX_PRINTED_BYTES))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     rewards: dict[str, Callable[..., Any]] = {}
+    process = os.getpid()
     with os.fdopen(requests, "rb") as stream:
         while True:
             try:
@@ -36,6 +37,8 @@ def main() -> None:
             signal.alarm(int(call_s) + 60 if args else 300)
             reply = _reply(rewards, name, options, args)
             signal.alarm(0)
+            if os.getpid() != process:  # forked by a reward: its reply would be taken for that to the next request
+                os._exit(0)
             os.write(replies, json.dumps(reply).encode() + b"\n")
             if not reply["fit"]:
                 return
@@ -48,8 +51,7 @@ def _reply(
     try:
         if name not in rewards:
             rewards[name] = bound(name, options, REWARDS)
-        value = rewards[name](*args) if args else None
-        reply: dict[str, Any] = {"value": None if value is None else float(value), "fit": True}
+        reply: dict[str, Any] = {"value": number_or_none(rewards[name](*args)) if args else None, "fit": True}
     except BaseException as error:  # noqa: BLE001 - user code; sys.exit() must not end it without a word either
         message = " ".join(str(error).split())[:500]
         told = f"{type(error).__name__}: {message}"
