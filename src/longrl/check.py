@@ -7,11 +7,13 @@ import os
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import typer
 
 from longrl.check_flow import flow_rows
 from longrl.config import (
+    AnswerConfig,
     AnyConfig,
     DataRunConfig,
     JudgedConfig,
@@ -31,7 +33,9 @@ from longrl.parallel.layout import require_heads, require_world
 from longrl.plan.plan import make_plan
 from longrl.plan.shapes import known_source, shape_of
 from longrl.plan.text import plan_lines, refusal
+from longrl.registry import require_name
 from longrl.runtime import rank_and_size
+from longrl.scoring_config import REWARD_NAMES
 
 
 def check_command(config: AnyConfig | FlowConfig, device: str = "CPU", processes: int | None = None) -> None:
@@ -60,6 +64,7 @@ def check_command(config: AnyConfig | FlowConfig, device: str = "CPU", processes
         _row("video", f"{video.fps:g} frames a second" if video.fps is not None else f"{video.num_frames} frames")
         if isinstance(config, QuickstartConfig):
             _report_quickstart(config)
+            problems += _report_rewards(config)
         else:
             problems += _report_run(config)
             problems += _report_plan(config, device, processes)
@@ -131,6 +136,7 @@ def _report_run(config: DataRunConfig) -> Iterator[str]:
     if isinstance(config, TrainConfig):
         _row("steps", _steps(config, config.rollout if isinstance(config, RlConfig) else None))
     if isinstance(config, JudgedConfig):
+        yield from _report_rewards(config)
         yield from _report_judge(config)
     if isinstance(config, RlConfig):
         _row("algo", f"{config.algo.advantage}, {config.algo.loss} loss, KL {config.algo.kl}")
@@ -146,6 +152,15 @@ def _files(config: DataRunConfig) -> Iterator[tuple[str, str | None, str | None]
             yield name, path, missing(path)
         elif needed:
             yield name, None, "not set, expected a file of rows"
+
+
+def _report_rewards(config: AnswerConfig) -> Iterator[str]:
+    """Nothing is imported: a run does that before it loads anything."""
+    for name, weight in config.rewards.items():
+        problem = _refusal(require_name, name, REWARD_NAMES, "reward")
+        _row("reward", f"{name}, weight {weight:g}", problem)
+        if problem:
+            yield problem
 
 
 def _report_judge(config: JudgedConfig) -> Iterator[str]:
@@ -202,9 +217,9 @@ def _heads_problem(path: str, parallel: ParallelConfig) -> str | None:
     return f"parallel.sp: {problem}" if problem else None
 
 
-def _refusal(require: Callable[..., None], *numbers: int) -> str | None:
+def _refusal(require: Callable[..., None], *args: Any) -> str | None:
     try:
-        require(*numbers)
+        require(*args)
     except ValueError as error:
         return str(error)
     return None

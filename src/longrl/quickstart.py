@@ -68,7 +68,7 @@ def run_quickstart(config: QuickstartConfig) -> Path:
     with usage.time("videos"):
         data = build_dataset(config.videos)
         gallery([*data.videos[:2], *data.videos[-2:]], run_dir / "gallery.png")
-    sft, rl = _stages(config, data)
+    sft, rl = stages(config, data)
     skips = Skips(rl.data)
     with usage.time("embeddings"):
         facts = _embed_all(config, data, skips)
@@ -136,7 +136,7 @@ class Usage:
         return {"wall_s": {"total": total, **self.parts}, "peak_rss_bytes": max(self.peak, peak_rss_bytes())}
 
 
-def _stages(config: QuickstartConfig, data: Dataset) -> tuple[SftConfig, RlConfig]:
+def stages(config: QuickstartConfig, data: Dataset) -> tuple[SftConfig, RlConfig]:
     """The configurations of the two training runs."""
 
     def common(name: str, stage: StageConfig, train: Path) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import hashlib
 import importlib
 import importlib.util
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -28,17 +28,37 @@ def resolve(name: str, registry: Mapping[str, Any], what: str) -> Any:
         source, _, attribute = name.rpartition(":")
         try:
             module = _from_file(Path(source)) if source.endswith(".py") else importlib.import_module(source)
-            return getattr(module, attribute)
         except Exception as error:
             cause = " ".join(str(error).split()) or type(error).__name__
-            raise ValueError(
-                f"{what} {name!r} cannot be imported: {cause}; expected `package.module:attr` or `file.py:attr`"
-            ) from error
-    if name not in registry:
-        near = difflib.get_close_matches(name, registry, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]!r}?" if near else "or write `package.module:attr` or `file.py:attr`"
-        raise ValueError(f"unknown {what} {name!r}: expected one of {', '.join(sorted(registry))}; {hint}")
+            raise _cannot_be_imported(name, what, cause) from error
+        if not hasattr(module, attribute):
+            raise _cannot_be_imported(name, what, f"there is no {attribute!r} in {module.__file__ or source}")
+        return getattr(module, attribute)
+    require_name(name, registry, what)
     return registry[name]
+
+
+def require_name(name: str, known: Iterable[str], what: str) -> None:
+    """Looks up `name` as far as that can be done without importing anything.
+
+    Raises:
+        ValueError: as resolve.
+    """
+    source, is_outside, _ = name.rpartition(":")
+    if not is_outside:
+        if name not in (names := sorted(known)):
+            near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]!r}?" if near else "or write `package.module:attr` or `file.py:attr`"
+            raise ValueError(f"unknown {what} {name!r}: expected one of {', '.join(names)}; {hint}")
+    elif source.endswith(".py"):
+        if not (path := Path(source).resolve()).is_file():
+            raise _cannot_be_imported(name, what, f"there is no file {path}")
+    elif not importlib.util.find_spec(source.partition(".")[0]):
+        raise _cannot_be_imported(name, what, f"there is no module {source!r}")
+
+
+def _cannot_be_imported(name: str, what: str, cause: str) -> ValueError:
+    return ValueError(f"{what} {name!r} cannot be imported: {cause}; expected `package.module:attr` or `file.py:attr`")
 
 
 def _from_file(path: Path) -> ModuleType:

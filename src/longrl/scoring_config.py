@@ -14,6 +14,12 @@ REWARD_PRESETS = {
     "r1v": {"format": 0.1, "answer": 0.9},
 }
 
+REWARD_NAMES = (
+    *("answer", "choice", "exact", "format", "grounding", "judge", "length", "math", "number", "ocr", "regression"),
+    *("repetition", "rouge"),
+)
+"""What is built in: rewards/compose.py."""
+
 
 def _expand_preset(rewards: Any) -> Any:
     if not isinstance(rewards, str):

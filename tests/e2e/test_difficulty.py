@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from longrl.config import EvalRunConfig
-from longrl.evals.difficulty import difficulty, filter_command
+from longrl.evals.difficulty import KEPT, difficulty, filter_command
 
 ROOT = Path(__file__).parents[2]
 
@@ -50,13 +50,49 @@ def test_rows_that_are_right_sometimes_are_kept_as_they_are(settings, dataset):
     out.unlink()
     assert 0 < len(kept) < len(rows)
     assert [json.loads(line)["id"] for line in kept] == found["sometimes right"]
-    assert set(kept) < set(rows)
+    assert [json.loads(line) for line in kept] == [row for row in map(json.loads, rows) if row["id"] in found[KEPT]]
     assert json.loads((Path(settings["run_dir"]) / "filter.json").read_text()) == found
     told = json.loads((Path(settings["run_dir"]) / "eval.json").read_text())["examples"]
     right = {one["id"]: sum(response["correct"] for response in one["responses"]) for one in told}
     assert found["sometimes right"] == [name for name, count in right.items() if 0 < count < 3]
     assert found["always right"] == [name for name, count in right.items() if count == 3]
     assert sum(map(len, found.values())) == len(rows)
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".parquet"])
+def test_rows_of_another_format(settings, dataset, tmp_path, suffix):
+    """LongVideo-Reason's, whose ids are in another column; the files are elsewhere."""
+    ours = [json.loads(line) for line in Path(dataset.train_rl).read_text().splitlines()]
+    theirs = [
+        {
+            "problem_id": int(i),
+            "data_type": "video",
+            "videos": Path(row["video"]).name,
+            "problem": "\n".join(
+                [row["question"], *(f"{a}. {text}" for a, text in zip("ABCD", row["options"], strict=True))]
+            ),
+            "problem_type": "multiple choice",
+            "answer": f"<answer>{row['answer']}</answer>",
+            "reasoning": "",
+        }
+        for i, row in enumerate(ours)
+        if row.get("options")
+    ]
+    source = tmp_path / f"rows{suffix}"
+    if suffix == ".parquet":
+        parquet = pytest.importorskip("pyarrow.parquet")
+        parquet.write_table(pytest.importorskip("pyarrow").Table.from_pylist(theirs), source)
+    else:
+        text = json.dumps(theirs) if suffix == ".json" else "\n".join(map(json.dumps, theirs))
+        source.write_text(text)
+    folder = str((Path(dataset.train_rl).parent / ours[0]["video"]).parent)
+    changes = {"run_dir": str(tmp_path / "run"), "data": {"eval": str(source), "media_dir": folder}}
+    out = tmp_path / "elsewhere" / "kept.jsonl"
+    out.parent.mkdir()
+    found = filter_command(EvalRunConfig.model_validate({**settings, **changes}), out)
+    kept = [json.loads(line) for line in out.read_text().splitlines()]
+    assert 0 < len(kept) < len(theirs)
+    assert kept == [row for row in theirs if str(row["problem_id"]) in found[KEPT]]
 
 
 def test_a_file_elsewhere_or_one_that_exists_is_refused(settings, dataset, tmp_path):

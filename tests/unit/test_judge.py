@@ -161,7 +161,7 @@ def test_the_start_finds_what_would_fail_later(tmp_path, monkeypatch):
         assert server.asked[-1].key == SECRET
         assert SECRET not in str(caught.value)
         server.behave = lambda asked: Reply("Hello! How can I help?")
-        with pytest.raises(RuntimeError, match=r"malformed reply: .* asked at"):
+        with pytest.raises(RuntimeError, match=r"malformed reply: .*; it says 'Hello! How can I help\?' .* asked at"):
             Judge(make(server, tmp_path, {"attempts": 2})).check()
 
 

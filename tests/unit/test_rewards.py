@@ -367,9 +367,9 @@ def test_a_reward_from_a_file(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("reward = 3", "reward 'mine.py:reward' is a int, expected a function"),
+        ("reward = 3", "reward 'mine.py:reward' is of type int, expected a function"),
         ("def reward(example): return 1", "cannot be called as"),
-        ("def other(example, rollout): return 1", "has no attribute 'reward'"),
+        ("def other(example, rollout): return 1", "cannot be imported: there is no 'reward' in "),
         ("def reward(:", "cannot be imported: invalid syntax"),
         ("1 / 0", "cannot be imported: division by zero; expected `package.module:attr` or `file.py:attr`"),
         (None, "there is no file"),

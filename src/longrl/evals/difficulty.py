@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from longrl.config import EvalRunConfig
+from longrl.data.examples import media_folder, parse
+from longrl.data.rows import read_rows
 from longrl.evals.runner import EvalResult, run_eval
 from longrl.files import write_whole
 from longrl.parallel.ranks import ALONE, Ranks
@@ -49,26 +51,41 @@ def filter_command(config: EvalRunConfig, out: Path, ranks: Ranks = ALONE) -> di
     Reference: the difficulty filter of LongVideo-Reason (Long-RL, arXiv 2507.07966, section 3: ten answers each).
 
     Args:
-        out: the JSONL file to write, beside `data.eval`, as relative paths in its rows start there.
+        out: the JSONL file to write, where relative paths in the rows start: beside `data.eval`, unless
+            `data.media_dir` says where, or it is a dataset of the hub.
 
     Raises:
-        ValueError: it is elsewhere or exists, or no question is left; and as `run_eval`.
+        ValueError: it is elsewhere or exists, rows hold bytes, or no question is left; and as `run_eval`.
     """
-    source = Path(config.data.eval or "")
-    if config.data.eval and out.resolve().parent != source.resolve().parent:
-        raise ValueError(f"--out {out}: expected a file in {source.parent}, where relative paths in the rows start")
     if out.exists():
         raise ValueError(f"--out {out}: there is such a file; remove it, or name another")
+    source = config.data.eval
+    lines = {} if source is None else _lines(source, config, out)
     result = run_eval(config, ranks)
     found = by_difficulty(result)
     counts = ", ".join(f"{len(ids)} {name}" for name, ids in found.items() if ids)
     if not found[KEPT]:
         raise ValueError(f"{source}: no question is left: {counts}; ask more often (eval.samples), or an other model")
     if ranks.is_main:
-        kept = set(found[KEPT])
-        lines = [line for line in source.read_text(encoding="utf-8").splitlines() if line.strip()]
-        rows = [line for line in lines if str(json.loads(line)["id"]) in kept]
-        write_whole(out, "\n".join(rows) + "\n")
+        write_whole(out, "".join(lines[name] + "\n" for name in found[KEPT]))
         write_whole(Path(config.run_dir) / "filter.json", json.dumps(found, indent=1) + "\n")
         logger.info("%s: %s, asked %d times each", out, counts, config.eval.samples)
     return found
+
+
+def _lines(source: str, config: EvalRunConfig, out: Path) -> dict[str, str]:
+    """Example id -> its row, of whatever format, as a line of JSON."""
+    folder, rows = read_rows(source)
+    if folder is not None and config.data.media_dir is None and out.resolve().parent != folder.resolve():
+        raise ValueError(f"--out {out}: expected a file in {folder}, where relative paths in the rows start")
+    examples = parse(source, config.data, config.video, media_folder(config.cache))
+    try:
+        return {
+            one.id: json.dumps(columns, ensure_ascii=False)
+            for (_, _, columns), one in zip(rows, examples, strict=True)
+            if one.id is not None
+        }
+    except TypeError as error:
+        raise ValueError(
+            f"{source}: rows that hold more than JSON can ({error}); write their media to files"
+        ) from error

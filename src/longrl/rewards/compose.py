@@ -233,14 +233,14 @@ def bound(name: str, options: Mapping[str, Any], known: Mapping[str, Reward]) ->
     """
     reward: Reward = resolve(name, known, "reward")
     if not callable(reward):
-        raise ValueError(f"reward {name!r} is a {type(reward).__name__}, expected a function of (example, rollout)")
+        kind = type(reward).__name__
+        raise ValueError(f"reward {name!r} is of type {kind}, expected a function of (example, rollout)")
     try:
         inspect.signature(reward).bind(None, None, **options)
     except TypeError as error:
         given = "".join(f", {key}={value!r}" for key, value in options.items())
-        raise ValueError(
-            f"reward {name!r} cannot be called as (example, rollout{given}): {error}; mend scoring.options.{name}"
-        ) from error
+        mend = f"; mend scoring.options.{name}" if given else ""
+        raise ValueError(f"reward {name!r} cannot be called as (example, rollout{given}): {error}{mend}") from error
     return functools.partial(reward, **options) if options else reward
 
 

@@ -215,7 +215,10 @@ class JudgeModel:
         if len(known) == len(counts):
             told = self._use(*known)
             used.tokens, used.usd = told.tokens, told.usd
-        said = read_reply(reply)
+        try:
+            said = read_reply(reply)
+        except CallError as error:
+            raise CallError(self._plain(str(error)), again=True) from None
         return {"score": said.score, "reason": self._plain(said.reason)}
 
     def _plain(self, text: str) -> str:
@@ -253,17 +256,20 @@ def read_reply(reply: Any) -> Verdict:
     Raises:
         CallError: it is not exactly what was asked for; it may be the next time.
     """
+    said = None
     try:
         (choice,) = reply.choices
+        said = choice.message.content
         if choice.finish_reason != "stop":
             raise ValueError(f"finish reason {choice.finish_reason}")
-        return Verdict.model_validate(json.loads(choice.message.content, object_pairs_hook=_once))
+        return Verdict.model_validate(json.loads(said, object_pairs_hook=_once))
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         where = ".".join(map(str, first["loc"]))
-        raise CallError(f"malformed verdict: {where or 'reply'}: {first['msg']}", again=True) from None
+        why = f"malformed verdict: {where or 'reply'}: {first['msg']}"
     except (AttributeError, TypeError, ValueError) as error:
-        raise CallError(f"malformed reply: {error}", again=True) from None
+        why = f"malformed reply: {error}"
+    raise CallError(f"{why}; it says {said[:100]!r}" if isinstance(said, str) else why, again=True)
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
