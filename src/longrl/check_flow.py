@@ -26,8 +26,8 @@ def flow_rows(config: FlowConfig) -> Iterator[tuple[str, str, str | None]]:
     frames = f", {media.frames} frames" if media.frames > 1 else ""
     yield "media", f"{media.width} x {media.height}{frames}", None
     yield "sampling", f"{sampling.steps} steps, guidance {sampling.guidance:g}", None
-    window = "no" if flow.method == "nft" else "all" if flow.window is None else f"{flow.window}"
-    yield "method", f"{flow.preset or flow.method}, {window} stochastic steps, KL {flow.kl_coef:g}", None
+    window = "no" if flow.method == "nft" else "all" if flow.window is None else f"{flow.window_size(sampling.steps)}"
+    yield "method", f"{flow.preset or flow.method}, stochastic steps: {window}, KL {flow.kl_coef:g}", None
     yield "steps", f"{config.steps}, each of {config.prompts_per_step} prompts x {flow.group_size} samples", None
 
 

@@ -99,6 +99,7 @@ def rl(config: Config) -> None:
 @app.command()
 def flow(config: Config) -> None:
     """Reinforcement learning of image and video generators."""
+    listen()
     loaded = load_arguments(config, "flow")
     from longrl.config import ParallelConfig
     from longrl.parallel.ranks import start_ranks

@@ -13,7 +13,7 @@ from longrl.scorers_config import ScorersConfig
 PRESETS: dict[str, dict[str, Any]] = {
     "flow_grpo": {"kl_coef": 0.04},
     "flow_grpo_fast": {"window": 2, "shared_start": True},
-    "mix_grpo": {"window": 4, "window_moves": "slide", "shared_start": True, "train_last": True},
+    "mix_grpo": {"window": 4 / 25, "window_moves": "slide", "shared_start": True, "train_last": True},
     "dance_grpo": {
         "noise_schedule": "constant",
         "noise_level": 0.3,
@@ -77,8 +77,9 @@ class FlowAlgoConfig(Section):
     noise_schedule: Literal["flow", "constant"] = "flow"
     """Of stochastic steps: noise_level * sqrt(sigma / (1 - sigma)), or noise_level."""
     noise_level: Annotated[float, Field(gt=0)] = 0.7
-    window: Annotated[int, Field(ge=1)] | None = None
-    """So many steps of each sampling are stochastic, and trained; null: all."""
+    window: Annotated[float, Field(gt=0)] | None = None
+    """So many steps of each sampling are stochastic, and trained; below 1: that share of sampling.steps, rounded, at
+    least one; null: all."""
     window_moves: Literal["random", "slide"] = "random"
     """Where the window is: drawn anew each step, or moved on by one every window_every steps."""
     window_every: Annotated[int, Field(ge=1)] = 25
@@ -110,12 +111,23 @@ class FlowAlgoConfig(Section):
     nft_decay: Annotated[float, Field(ge=0, lt=1)] = 0.5
     """nft: the model that samples follows the trained one as an average with this decay."""
 
+    def window_size(self, steps: int) -> int:
+        """In steps, of so many sampling steps."""
+        assert self.window is not None
+        return int(self.window) if self.window >= 1 else max(round(self.window * steps), 1)
+
     def window_starts(self, steps: int) -> range:
         """Where the window can begin, of so many sampling steps."""
         first, end = self.window_range or (0, steps)
-        assert self.window is not None
         # a window of the last step alone would train nothing
-        return range(first, min(end, steps - (not self.train_last)) - self.window + 1)
+        return range(first, min(end, steps - (not self.train_last)) - self.window_size(steps) + 1)
+
+    @field_validator("window")
+    @classmethod
+    def _whole_or_share(cls, window: float | None) -> float | None:
+        if window is not None and window > 1 and window % 1:
+            raise ValueError(f"got {window:g}, expected a whole number of steps, or a share of them below 1")
+        return window
 
     @model_validator(mode="before")
     @classmethod
@@ -130,9 +142,10 @@ class FlowAlgoConfig(Section):
     def _window_fits(self) -> FlowAlgoConfig:
         if self.window_range is not None:
             first, end = self.window_range
-            if first < 0 or end - first < (self.window or 1):
+            least = int(max(self.window or 1, 1))
+            if first < 0 or end - first < least:
                 raise ValueError(
-                    f"window_range is [{first}, {end}], expected room for the window of {self.window or 1}, from 0 on"
+                    f"window_range is [{first}, {end}], expected room for the window of {least}, from 0 on"
                 )
         return self
 
@@ -213,10 +226,11 @@ class FlowConfig(LoopConfig):
         first, end = flow.window_range or (0, steps)
         if end > steps or (flow.window and not flow.window_starts(steps)):
             last = "" if flow.train_last else ", of which the last is not trained (flow.train_last)"
+            size = flow.window_size(steps) if flow.window else "all"
             raise ValueError(
-                f"flow.window is {flow.window or 'all'} steps within {first} to {end}, but sampling.steps is {steps}"
-                f"{last}; use more steps or a smaller window"
+                f"flow.window is {size} steps within {first} to {end}, but sampling.steps is {steps}{last}; use more "
+                "steps or a smaller window"
             )
-        if not flow.train_last and end - first == 1:
+        if not flow.train_last and first == steps - 1:
             raise ValueError("the only stochastic step is the last, which flow.train_last leaves out; set it to true")
         return self

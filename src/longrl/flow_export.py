@@ -7,6 +7,7 @@ from pathlib import Path
 from longrl.config_files import load_config
 from longrl.flow_config import FlowConfig
 from longrl.flow_training import BASE
+from longrl.models.folder import quiet
 from longrl.models.media import load_media_family
 from longrl.runtime import CONFIG_NAME
 
@@ -26,11 +27,12 @@ def write_pipeline(run: Path, model: Path, out: Path) -> Path:
     assert isinstance(config, FlowConfig)
     base = run / BASE if config.warm_up_steps else config.model.path
     pipe = load_media_family(config.model.at(base).model_copy(update={"device": "cpu"}), config.runtime.seed).pipe
-    if config.model.lora:
-        pipe.load_lora_weights(model)
-        pipe.fuse_lora(components=["transformer"])
-        pipe.unload_lora_weights()
-    else:
-        pipe.transformer = type(pipe.transformer).from_pretrained(model, dtype=pipe.transformer.dtype)
-    pipe.save_pretrained(out)
+    with quiet():
+        if config.model.lora:
+            pipe.load_lora_weights(model)
+            pipe.fuse_lora(components=["transformer"])
+            pipe.unload_lora_weights()
+        else:
+            pipe.transformer = type(pipe.transformer).from_pretrained(model, dtype=pipe.transformer.dtype)
+        pipe.save_pretrained(out)
     return out

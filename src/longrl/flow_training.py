@@ -16,15 +16,15 @@ from longrl.checkpoint import Checkpoint, Checkpoints, pack_optimizer, read_opti
 from longrl.data.media_prompts import step_prompts
 from longrl.flow_config import FlowConfig
 from longrl.flow_types import Media, MediaPrompt
+from longrl.loop import Loop
 from longrl.models.denoiser import Denoiser, Shadow
 from longrl.models.diffusion import MediaFamily
+from longrl.models.folder import quiet
 from longrl.models.media import load_media_family
 from longrl.optim import Optimizer
 from longrl.parallel import tensor_files
 from longrl.parallel.gradients import sum_gradients
 from longrl.parallel.ranks import ALONE, Ranks
-from longrl.report.metrics import Metrics
-from longrl.report.progress import Progress
 from longrl.rollout.flow import Guided, Sampler, make_sampler, micro_batches
 from longrl.rollout.text_cache import TextCache
 from longrl.runtime import CHECKPOINTS, seed_for, start_run
@@ -35,13 +35,13 @@ BASE = "base"
 """Where a run directory keeps a twin that was warmed up."""
 
 
-class FlowTraining:
+class FlowTraining(Loop[FlowConfig]):
     """A run taken up where its directory left off, or begun."""
 
     def __init__(self, config: FlowConfig, family: MediaFamily, ranks: Ranks = ALONE) -> None:
         """
         Args:
-            family: from `load_base`.
+            family: from `begin_run`.
             ranks: all of them do this, and call every method that follows.
 
         Raises:
@@ -73,17 +73,6 @@ class FlowTraining:
     @property
     def size(self) -> tuple[int, int, int]:
         return self.config.media.height, self.config.media.width, self.config.media.frames
-
-    def steps_left(self) -> range:
-        return range(self.done + 1, self.config.steps + 1)
-
-    def metrics(self) -> Metrics:
-        """The run's metrics, without those of steps that are done again; the main rank writes them."""
-        run_dir = self.run_dir if self.ranks.is_main else None
-        return Metrics(run_dir, self.config.runtime.tensorboard, self.done + 1)
-
-    def progress(self) -> Progress:
-        return Progress("flow", self.config.steps, shown=self.ranks.is_main)
 
     def draw(self, prompts: Sequence[MediaPrompt], step: int) -> list[tuple[int, MediaPrompt]]:
         """(epoch, prompt) of all ranks; this one takes every size-th, from its own number on."""
@@ -132,13 +121,8 @@ class FlowTraining:
         if self.old is not None:
             self.old.follow(algo.nft_decay)
 
-    def is_due(self, step: int, every: int) -> bool:
-        return step == self.config.steps or (every > 0 and step % every == 0)
-
-    def save_if_due(self, step: int) -> None:
+    def _save(self, step: int) -> None:
         """The main rank saves: the weights that are evaluated for others to load, and all that a resumed run needs."""
-        if not self.is_due(step, self.config.checkpoint.every_steps):
-            return
         main = self.ranks.is_main
         tensors = {f"weight.{name}": x for name, x in self.denoiser.packed(main).items()}
         for copy, shadow in (("average", self.average), ("old", self.old)):
@@ -199,15 +183,26 @@ def held_out(training: FlowTraining, prompts: Sequence[MediaPrompt]) -> Iterator
             yield training.media(prompt, drawn.latents)
 
 
-def load_base(config: FlowConfig, ranks: Ranks = ALONE) -> MediaFamily:
-    """Starts the run and loads the pipeline it begins with; a twin that is warmed up is kept in the run directory.
+def load_family(config: FlowConfig) -> MediaFamily:
+    """Loads the pipeline that the run begins with.
 
     Raises:
         ValueError: there is no such pipeline, or it cannot make media of this size.
     """
     family = load_media_family(config.model, config.runtime.seed, config.prompts.max_tokens)
-    size = config.media.height, config.media.width, config.media.frames
-    family.require_size(*size)
+    family.require_size(config.media.height, config.media.width, config.media.frames)
+    return family
+
+
+def begin_run(config: FlowConfig, family: MediaFamily, ranks: Ranks = ALONE) -> MediaFamily:
+    """Starts the run; a twin is warmed up and kept in the run directory, if the run wants it.
+
+    Returns:
+        What is trained: the family, or the twin from there.
+
+    Raises:
+        ValueError, OSError: as start_run.
+    """
     folder = start_run(config, is_main=ranks.is_main) / BASE
     if not config.warm_up_steps:
         return family
@@ -216,11 +211,12 @@ def load_base(config: FlowConfig, ranks: Ranks = ALONE) -> MediaFamily:
         if not folder.exists():
             from longrl.models.media_warm_up import warm_up
 
-            negative = config.prompts.negative or ""
-            loss = warm_up(family, size, config.warm_up_steps, config.runtime.seed, negative)
+            size, negative = (config.media.height, config.media.width, config.media.frames), config.prompts.negative
+            loss = warm_up(family, size, config.warm_up_steps, config.runtime.seed, negative or "")
             log.info("warmed up the twin: flow-matching loss %.3f after %d steps", loss, config.warm_up_steps)
             unfinished = folder.with_name(f".{BASE}.part")
-            family.pipe.save_pretrained(unfinished)
+            with quiet():
+                family.pipe.save_pretrained(unfinished)
             unfinished.replace(folder)
 
     ranks.from_main(make)

@@ -17,10 +17,10 @@ import numpy as np
 import torch
 
 from longrl.algo.flow import group_advantages
-from longrl.data.media_prompts import load_prompts, whole_prompts
+from longrl.data.media_prompts import load_prompts, require_negative, whole_prompts
 from longrl.files import write_whole
 from longrl.flow_config import FlowConfig
-from longrl.flow_training import FlowTraining, held_out, load_base
+from longrl.flow_training import FlowTraining, begin_run, held_out, load_family
 from longrl.flow_types import Media, MediaPrompt, ScoredMedia
 from longrl.flow_update import Samples, count, nft_gradient, policy_gradient
 from longrl.parallel.ranks import ALONE, Ranks
@@ -48,19 +48,22 @@ def train_flow(config: FlowConfig, ranks: Ranks = ALONE) -> Path:
     Raises:
         ValueError: bad prompts or configuration.
         RuntimeError: a loss or gradient is not finite, or sampling and training disagree about densities.
+        Stopped: a rank was asked to stop before the last step; the run is saved.
     """
     rewards = MediaRewards(config.rewards, config.scorers, ranks.size)
     prompts = load_prompts(config.prompts.train)
-    shown = load_prompts(config.prompts.eval) if config.prompts.eval else prompts
+    shown = load_prompts(config.prompts.eval) if config.prompts.eval else None
     rewards.check(_blank(config, prompts[0]))
-    family = load_base(config, ranks)
-    prompts, named = whole_prompts(prompts, family.lengths, config.prompts.too_long)
-    shown, _ = whole_prompts(shown, family.lengths, config.prompts.too_long)
+    family, too_long = load_family(config), config.prompts.too_long
+    prompts, named = whole_prompts(prompts, family.lengths, too_long)
+    shown = prompts if shown is None else whole_prompts(shown, family.lengths, too_long)[0]
+    if config.sampling.guidance > 1:
+        require_negative(config.prompts.negative or "", family.lengths, too_long)
     rewards.require(list({prompt.text: prompt for prompt in [*prompts, *shown]}.values()))
-    training = FlowTraining(config, family, ranks)
+    training = FlowTraining(config, begin_run(config, family, ranks), ranks)
     _evaluate(training, shown, rewards, "before")
     sampler = training.sampler(config.sampling.steps, config.flow.shared_start)
-    with training.metrics() as metrics, training.progress() as progress:
+    with training.metrics() as metrics, training.progress("flow") as progress:
         for step in training.steps_left():
             with metrics.step(step):
                 totals, samples, ids = sample_step(training, sampler, prompts, step, rewards, metrics)
@@ -79,7 +82,7 @@ def train_flow(config: FlowConfig, ranks: Ranks = ALONE) -> Path:
             training.save_if_due(step)
     _evaluate(training, shown, rewards, "after")
     if ranks.is_main:
-        write_media_report(training.run_dir, config.held_out.shown)
+        write_media_report(training.run_dir)
     return training.last_model()
 
 

@@ -1,4 +1,4 @@
-"""What both training loops stand on: the run directory, the model as it was last saved, and saving it again."""
+"""What the loops of text stand on: the run directory, the model as it was last saved, and saving it again."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from longrl.config import TrainConfig
 from longrl.data.examples import Skips
 from longrl.data.order import shuffled_blocks, step_examples
 from longrl.data.prompts import PromptBuilder, prompt_limit
+from longrl.loop import Loop
 from longrl.models import adapters
 from longrl.models.streams import cohorts, num_tokens
 from longrl.optim import Optimizer
@@ -22,10 +23,7 @@ from longrl.parallel.gradients import sum_gradients
 from longrl.parallel.ranks import ALONE, Ranks
 from longrl.parallel.shard import whole
 from longrl.policy import load_policy
-from longrl.report.metrics import Metrics
-from longrl.report.progress import Progress
 from longrl.runtime import CHECKPOINTS, seed_for, start_run
-from longrl.stopping import Stopped, asked
 from longrl.types import Example, Prompt
 
 T = TypeVar("T")
@@ -57,7 +55,7 @@ class Batch:
         return [part for share, value in zip(self.shares, values, strict=True) for part in share.ranks.gather(value)]
 
 
-class Training:
+class Training(Loop[TrainConfig]):
     """A run taken up where its directory left off, or begun."""
 
     def __init__(self, config: TrainConfig, skips: Skips, ranks: Ranks = ALONE) -> None:
@@ -87,17 +85,6 @@ class Training:
             read_optimizer(self.optimizer.adamw, latest.trainer_path)
             skips.names.update(latest.state["skipped"])
             self.done = self.policy.version = latest.step
-
-    def steps_left(self) -> range:
-        return range(self.done + 1, self.config.steps + 1)
-
-    def metrics(self) -> Metrics:
-        """The run's metrics, without those of steps that are done again; the main rank writes them."""
-        run_dir = self.run_dir if self.ranks.is_main else None
-        return Metrics(run_dir, self.config.runtime.tensorboard, self.done + 1)
-
-    def progress(self, title: str) -> Progress:
-        return Progress(title, self.config.steps, shown=self.ranks.is_main)
 
     def draw(self, examples: Sequence[Example], step: int) -> Batch:
         """This rank's shares of a step, its media embedded."""
@@ -151,23 +138,6 @@ class Training:
         self.build.cache.remove(self._passing)
         self.policy.version = step
         return norm, lr
-
-    def is_due(self, step: int, every: int) -> bool:
-        """Whether something done every so many steps, and after the last, is due; every 0: after the last alone."""
-        return step == self.config.steps or (every > 0 and step % every == 0)
-
-    def save_if_due(self, step: int) -> None:
-        """Called after each step, by all ranks.
-
-        Raises:
-            Stopped: a rank was asked to stop before the last step; the run is saved.
-        """
-        stop = any(self.ranks.gather_all(asked()))
-        if stop or self.is_due(step, self.config.checkpoint.every_steps):
-            self._save(step)
-        if stop and step < self.config.steps:
-            self.ranks.from_main(lambda: None)  # who starts the ranks may end all as soon as one leaves: not before
-            raise Stopped(f"stopped after step {step} of {self.config.steps} and saved; start it again to go on")
 
     def _save(self, step: int) -> None:
         """The main rank saves; those that it shares the weights with hand over theirs, and write their own part of the

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 
 import pytest
 import torch
+from diffusers import DiffusionPipeline
 from safetensors.torch import load_file
 
 from longrl.checkpoint import Checkpoints
+from longrl.config import ModelConfig
 from longrl.config_files import load_config
 from longrl.export import export_command
 from longrl.flow_config import FlowConfig
 from longrl.flow_training import FlowTraining
+from longrl.models.media import load_media_family
+from longrl.parallel import tensor_files
 from longrl.report.metrics import read_metrics
+from longrl.stopping import Stopped
 from longrl.train_flow import train_flow
 
 QUICK = (
@@ -121,6 +127,11 @@ def test_resuming_changes_nothing(changes, root, prompts, tmp_path, monkeypatch)
     path = "checkpoints/step_000003/model/pytorch_lora_weights.safetensors"
     ours, theirs = (load_file(tmp_path / name / path) for name in ("twice", "once"))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    kept = tensor_files.read(tmp_path / "twice" / "checkpoints" / "step_000003" / "trainer" / "weights")
+    which = {"average" if "flow.ema_decay=0.9" in changes else "weight"}  # what is evaluated, for others to load
+    for name, x in theirs.items():
+        lora = name.removeprefix("transformer.").replace(".weight", ".default.weight")
+        assert which == {copy for copy in ("average", "weight") if torch.equal(kept.get(f"{copy}.{lora}", x + 1), x)}
     assert (tmp_path / "twice" / "held_out" / "after.json").read_text() == (
         tmp_path / "once" / "held_out" / "after.json"
     ).read_text()
@@ -136,18 +147,38 @@ def test_every_preset_runs_on_videos_too(preset, root, prompts, tmp_path):
     assert (tmp_path / "run" / "report.html").read_text().count("data:video/mp4;base64,") == 6
 
 
-def test_all_weights_learn_against_a_reference(root, prompts, tmp_path):
+@pytest.mark.parametrize("twin", ["sd3", "wan"])
+def test_all_weights_learn_against_a_reference(twin, root, prompts, tmp_path, capsys):
     changes = ("model.lora=null", "flow.kl_coef=0.1", "optim.lr=1e-3", "gradient_checkpointing=true")
-    folder = train_flow(config(root, prompts, tmp_path / "run", *changes))
-    assert (folder / "diffusion_pytorch_model.safetensors").exists()
+    folder = train_flow(config(root, prompts, tmp_path / "run", *changes, twin=twin))
     first, second = read_metrics(tmp_path / "run" / "metrics.jsonl")
     assert first["kl"] == 0
     assert second["kl"] > 0
+    export_command(tmp_path / "run", None, tmp_path / "out")
+    pipe = DiffusionPipeline.from_pretrained(tmp_path / "out")
+    assert type(pipe).__name__ == {"sd3": "StableDiffusion3Pipeline", "wan": "WanPipeline"}[twin]
+    trained = load_file(folder / "diffusion_pytorch_model.safetensors")
+    assert all(torch.equal(x, trained[name]) for name, x in pipe.transformer.state_dict().items())
+    assert not torch.equal(
+        *(p.transformer.proj_out.weight for p in (pipe, load_media_family(ModelConfig(path=f"tiny:{twin}")).pipe))
+    )
+
+
+def test_a_run_that_is_asked_to_stop_is_saved_and_goes_on(root, prompts, tmp_path):
+    asked = config(root, prompts, tmp_path / "run")
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
+    signal.raise_signal(signal.SIGUSR1)
+    with pytest.raises(Stopped, match="stopped after step 1 of 2 and saved"):
+        train_flow(asked)
+    signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    train_flow(asked)
+    assert [record["step"] for record in read_metrics(tmp_path / "run" / "metrics.jsonl")] == [1, 2]
 
 
 def test_what_cannot_be_run_is_said_before_anything_is_written(root, prompts, tmp_path):
-    long = tmp_path / "long.txt"
+    long, silent = tmp_path / "long.txt", tmp_path / "silent.txt"
     long.write_text("a red picture\n" + "very " * 20 + "red\n")
+    silent.write_text("\n \n")
     for changes, words in (
         (("media.height=18",), "media.height is 18, expected a multiple of 4"),
         (("media.frames=5",), "media.frames is 5, but the model makes images"),
@@ -155,10 +186,16 @@ def test_what_cannot_be_run_is_said_before_anything_is_written(root, prompts, tm
         (("model.path=nowhere",), "model.path nowhere: not a diffusers folder"),
         (("rewards={hue: 1.0}",), "unknown reward 'hue'"),
         (("prompts.train=nowhere.txt",), "nowhere.txt: No such file or directory"),
+        ((f"prompts.train={silent}",), "silent.txt: no prompts; expected one a line"),
+        (
+            (f"prompts.train={long}",),
+            "prompt 2 ('very very very very very very very very '...) has 85 tokens, tokenizer ",
+        ),
+        ((f"prompts.negative={'ugly ' * 20}",), "prompts.negative has 82 tokens, tokenizer takes 32; shorten it, or"),
+        (("rewards={ocr: 1.0}",), "reward ocr: prompt 1 has no text in double quotes"),
     ):
         with pytest.raises(ValueError, match=r".") as caught:
             train_flow(config(root, prompts, tmp_path / "run", *changes))
         assert words in str(caught.value)
+        assert "\n" not in str(caught.value)
         assert not (tmp_path / "run").exists()
-    with pytest.raises(ValueError, match=r"prompt 2 \('very .* has 85 tokens, tokenizer takes 32; shorten it"):
-        train_flow(config(root, long, tmp_path / "long"))

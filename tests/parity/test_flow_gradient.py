@@ -15,6 +15,7 @@ from longrl.models.sd3 import SD3
 from longrl.models.tiny_diffusion import tiny_sd3, tiny_wan
 from longrl.models.wan import Wan
 from longrl.rollout.flow import Guided, make_sampler
+from longrl.rollout.flow_window import stochastic_steps, trained_steps
 from longrl.totals import Totals
 
 STEPS, TOKENS, GROUP = 4, 24, 3
@@ -171,23 +172,27 @@ def test_nft_gradient_equals_the_plain_formula():
 
 
 def test_a_window_makes_less_than_half_the_passes_of_full_sampling():
-    """A backward counted as two passes; ten sampling steps. Measured: benchmarks/flow.py."""
+    """Ten sampling steps, windows at the beginning, which share nothing, and at the end; a backward counted as two
+    passes. Measured: benchmarks/flow.py."""
     family, denoiser, _ = make("sd3")
-    model, counted = Guided(family), []
+    model, counted, sums = Guided(family), [], {}
     family.transformer.register_forward_hook(
         lambda *seen: counted.append(len(seen[-1][0]) * (3 if seen[-1][0].requires_grad else 1))
     )
-    sums = {}
-    for name, window, shared in (("full", range(10), False), ("fast", range(4, 6), True)):
+    for preset, iteration in (("flow_grpo", 1), ("mix_grpo", 1), ("mix_grpo", 225), ("flow_grpo_fast", 1)):
+        algo = FlowAlgoConfig.model_validate({"preset": preset, "kl_coef": 0.0})
+        shared = algo.shared_start
         sampler = make_sampler(model, size=(16, 16, 1), steps=10, noise_level=0.7, shared_start=shared)
-        trained = [step for step in window if step != 9]
+        window = stochastic_steps(algo, 10, iteration, 0)
+        trained = trained_steps(algo, 10, window, iteration, 0)
         counted.clear()
-        policy_gradient(
-            sampler, denoiser, draw(family, sampler, trained, window), FlowAlgoConfig(), Totals(), first=True
-        )
-        sums[name] = sum(counted)
-    assert sums == {"full": 6 * (10 + 3 * 9), "fast": 2 * 4 + 6 * (6 + 3 * 2)}
-    assert sums["fast"] < sums["full"] / 2
+        policy_gradient(sampler, denoiser, draw(family, sampler, trained, window), algo, Totals(), first=True)
+        sums[preset, iteration] = sum(counted)
+        if shared:
+            assert sums[preset, iteration] == 2 * window.start + 6 * (10 - window.start + 3 * 2)
+    assert sums["flow_grpo", 1] == 6 * (10 + 3 * 9)
+    assert max(list(sums.values())[1:]) < sums["flow_grpo", 1] / 2
+    assert sums["mix_grpo", 225] < sums["flow_grpo", 1] / 3
 
 
 def test_adapters_beside_bfloat16_weights():

@@ -31,19 +31,19 @@ def size(family):
     return (16, 32, 5) if family.is_video else (16, 32, 1)
 
 
-def make(family, level=0.7, guidance=4.5, **options):
+def make(family, level=0.7, guidance=4.5, steps=STEPS, **options):
     model = Guided(family, guidance, family.encode(["ugly"]))
-    return make_sampler(model, size=size(family), steps=STEPS, noise_level=level, **options)
+    return make_sampler(model, size=size(family), steps=steps, noise_level=level, **options)
 
 
-def stock(family, start, guidance=4.5, **options):
+def stock(family, start, guidance=4.5, steps=STEPS, **options):
     """The pipeline's own latents from this noise."""
     height, width, frames = size(family)
     options |= {"num_frames": frames} if family.is_video else {}
     pipe = family.pipe
     negative = ["ugly"] * len(TEXTS)
     return pipe(
-        TEXTS, negative_prompt=negative, height=height, width=width, num_inference_steps=STEPS, latents=start,
+        TEXTS, negative_prompt=negative, height=height, width=width, num_inference_steps=steps, latents=start,
         guidance_scale=guidance, output_type="latent", max_sequence_length=TOKENS, return_dict=False, **options,
     )[0]  # fmt: skip
 
@@ -53,11 +53,11 @@ def start_noise(sampler, seeds):
     return torch.stack([torch.randn(sampler.shape, generator=torch.Generator().manual_seed(s)) for s in seeds])
 
 
-@pytest.mark.parametrize("guidance", [1.0, 4.5])
-def test_deterministic_sampling_equals_the_stock_pipeline(family, guidance):
-    sampler = make(family, guidance=guidance)
-    ours = sampler(family.encode(TEXTS), [3, 4], 1, range(STEPS, STEPS))
-    theirs = stock(family, start_noise(sampler, [3, 4]), guidance)
+@pytest.mark.parametrize(("guidance", "steps"), [(1.0, STEPS), (4.5, STEPS), (4.5, 1), (4.5, 28)])
+def test_deterministic_sampling_equals_the_stock_pipeline(family, guidance, steps):
+    sampler = make(family, guidance=guidance, steps=steps)
+    ours = sampler(family.encode(TEXTS), [3, 4], 1, range(steps, steps))
+    theirs = stock(family, start_noise(sampler, [3, 4]), guidance, steps)
     assert (ours.latents - theirs).abs().max() < 1e-5
     assert ours.logprobs.shape == (2, 0)
     assert theirs.std() > 0.5  # or nothing has been compared

@@ -15,11 +15,11 @@ import torch
 from longrl.algo.flow import group_advantages, nft_loss
 from longrl.config import ModelConfig
 from longrl.config_files import load_config
-from longrl.data.media_prompts import load_prompts, step_prompts, whole_prompts
+from longrl.data.media_prompts import load_prompts, require_negative, step_prompts, whole_prompts
 from longrl.flow_config import PRESETS, FlowAlgoConfig, FlowConfig
 from longrl.flow_types import Media, MediaPrompt
 from longrl.models.media import load_media_family
-from longrl.report.media import gain, save_samples
+from longrl.report.media import GAP_PX, gain, save_samples
 from longrl.rewards.media import MediaRewards, brightness, colour, jpeg_size, smoothness
 from longrl.rollout.flow_window import stochastic_steps, trained_steps
 
@@ -51,6 +51,7 @@ def test_presets_set_what_is_not_said(base):
     assert (plain.flow.window, plain.flow.shared_start) == (None, False)
     assert (fast.flow.window, fast.flow.shared_start, fast.flow.kl_coef) == (2, True, 0.5)
     assert load_config([base], ["flow.preset=flow_grpo_fast", "flow.window=1"]).flow.window == 1
+    load_config([base], ["flow.window_range=[4, 5]"])  # one step, and not the last
     for name in PRESETS:
         guidance = ["sampling.guidance=1"] if name == "diffusion_nft" else []
         assert load_config([base], [f"flow.preset={name}", *guidance]).flow.preset == name
@@ -62,7 +63,11 @@ def test_presets_set_what_is_not_said(base):
         (["prompts.negative=null"], "sampling.guidance is 4.5, but prompts.negative is not set"),
         (["flow.window=10"], "flow.window is 10 steps within 0 to 10, but sampling.steps is 10, of which the last is"),
         (["sampling.steps=2", "flow.window=2"], "use more steps or a smaller window"),
+        (["flow.window=1.5"], "flow.window: got 1.5, expected a whole number of steps, or a share of them below 1"),
+        (["flow.window=0.95"], "flow.window is 10 steps within 0 to 10"),
         (["flow.window=3", "flow.window_range=[4, 6]"], "window_range is [4, 6], expected room for the window of 3"),
+        (["flow.window_range=[4, 12]"], "flow.window is all steps within 4 to 12, but sampling.steps is 10"),
+        (["flow.window_range=[9, 10]"], "the only stochastic step is the last"),
         (["sampling.steps=1"], "the only stochastic step is the last, which flow.train_last leaves out"),
         (["flow.preset=diffusion_nft"], "flow.method nft learns without guidance; set sampling.guidance to 1"),
         (["flow.preset=grpo"], "flow.preset: got \"grpo\", expected 'flow_grpo'"),
@@ -90,8 +95,9 @@ def test_windows_of_the_presets():
     assert {window.start for window in drawn} == set(range(8))  # never the last step, which is not trained
     assert all(trained_steps(fast, 10, window, 1, 0) == list(window) for window in drawn)
     mix = FlowAlgoConfig.model_validate({"preset": "mix_grpo"})
-    starts = [stochastic_steps(mix, 10, i, 0).start for i in (1, 25, 26, 151, 175, 176, 201)]
-    assert starts == [0, 0, 1, 6, 6, 0, 1]  # and from the end back
+    assert [len(stochastic_steps(mix, steps, 1, 0)) for steps in (1, 6, 10, 25, 50)] == [1, 1, 2, 4, 8]
+    starts = [stochastic_steps(mix, 10, i, 0).start for i in (1, 25, 26, 201, 225, 226, 251)]
+    assert starts == [0, 0, 1, 8, 8, 0, 1]  # and from the end back
     dance = FlowAlgoConfig.model_validate({"preset": "dance_grpo"})
     chosen = [tuple(trained_steps(dance, 10, range(10), i, 0)) for i in range(1, 30)]
     assert {len(steps) for steps in chosen} == {6}
@@ -154,10 +160,11 @@ def test_nft_pulls_to_good_samples_and_pushes_from_bad_ones():
 # Prompt files
 
 
-def test_prompt_files(tmp_path):
+def test_prompt_files(tmp_path, caplog):
     text, rows = tmp_path / "p.txt", tmp_path / "p.jsonl"
     text.write_text("a red picture\n\n  blue paint \n")
     assert [(p.id, p.text) for p in load_prompts(text)] == [("1", "a red picture"), ("3", "blue paint")]
+    assert "p.txt: 1 empty lines were passed over" in caplog.text
     geneval = {"tag": "counting", "include": [{"class": "clock", "count": 2}], "prompt": "a photo of two clocks"}
     rows.write_text(json.dumps(geneval) + "\n" + json.dumps({"id": "x", "prompt": "y"}))
     first, second = load_prompts(rows)
@@ -218,6 +225,19 @@ def test_prompts_too_long_are_named_and_counted():
     assert whole_prompts(prompts, lengths, "cut") == (prompts, ["b"])
     with pytest.raises(ValueError, match="all 1 prompts are too long"):
         whole_prompts(prompts[1:], lengths, "skip")
+
+
+def test_a_negative_prompt_is_never_cut_silently(caplog):
+    def lengths(text):
+        return [("tokenizer", len(text), 10)]
+
+    require_negative("", lengths, "raise")
+    assert caplog.text == ""
+    for too_long in ("raise", "skip"):
+        with pytest.raises(ValueError, match=r"negative has 12 tokens, tokenizer takes 10; .*prompts.too_long to cut"):
+            require_negative("blurred hand", lengths, too_long)
+    require_negative("blurred hand", lengths, "cut")
+    assert "prompts.negative has 12 tokens, tokenizer takes 10: cut there" in caplog.text
 
 
 # Rewards
@@ -286,7 +306,10 @@ def test_samples_are_pictures_and_playable_videos(tmp_path):
 
     pixels = np.random.default_rng(0).integers(0, 256, (3, 5, 16, 32, 3)).astype(np.uint8)
     path = save_samples(tmp_path / "a" / "one", media(pixels[:, :1]))
-    assert Image.open(path).size == (3 * 32 * 6, 16 * 6)
+    image = Image.open(path)
+    assert image.size == (3 * 32 * 8 + 2 * GAP_PX, 16 * 8)
+    assert image.getpixel((32 * 8 + 1, 0)) == (255, 255, 255)
+    assert image.getpixel((32 * 8 + GAP_PX, 0)) == tuple(pixels[1, 0, 0, 0])
     path = save_samples(tmp_path / "a" / "two", media(flat((200, 30, 30), (30, 200, 30), frames=5, side=16), fps=4.0))
     with av.open(str(path)) as container:
         stream = container.streams.video[0]

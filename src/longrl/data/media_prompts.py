@@ -19,7 +19,7 @@ def load_prompts(path: str | Path) -> list[MediaPrompt]:
     """Reads a file of prompts; ids are line numbers where a line has none.
 
     .txt: a prompt a line. .jsonl: a mapping a line, with `prompt` and perhaps `id`; the other columns go to the rewards
-    (GenEval's evaluation_metadata.jsonl is such a file). Empty lines are passed over.
+    (GenEval's evaluation_metadata.jsonl is such a file). Empty lines are passed over, and counted in the log.
 
     Raises:
         ValueError: the file cannot be read, a line is malformed or has an empty prompt, an id stands twice, or there
@@ -45,6 +45,8 @@ def load_prompts(path: str | Path) -> list[MediaPrompt]:
         prompts[prompt.id] = prompt
     if not prompts:
         raise ValueError(f"{path}: no prompts; expected one a line")
+    if empty := sum(not line.strip() for line in lines):
+        log.warning("%s: %d empty lines were passed over", path, empty)
     return list(prompts.values())
 
 
@@ -99,10 +101,8 @@ def whole_prompts(
     """
     kept, named = [], []
     for prompt in prompts:
-        over = [(name, tokens, limit) for name, tokens, limit in lengths(prompt.text) if tokens > limit]
-        if over:
-            name, tokens, limit = over[0]
-            said = f"prompt {prompt.id} ({prompt.text[:40]!r}...) has {tokens} tokens, {name} takes {limit}"
+        if over := _over(lengths(prompt.text)):
+            said = f"prompt {prompt.id} ({prompt.text[:40]!r}...) {over}"
             if too_long == "raise":
                 raise ValueError(f"{said}; shorten it, or set prompts.too_long to skip or cut")
             log.warning("%s: %s", said, "skipped" if too_long == "skip" else "cut there")
@@ -112,3 +112,20 @@ def whole_prompts(
     if not kept:
         raise ValueError(f"all {len(prompts)} prompts are too long for the text encoders; shorten them")
     return kept, named
+
+
+def require_negative(text: str, lengths: Callable[[str], list[tuple[str, int, int]]], too_long: str) -> None:
+    """Looks whether the text encoders can take the negative prompt whole; arguments as of `whole_prompts`.
+
+    Raises:
+        ValueError: it is too long, and too_long is not cut.
+    """
+    if over := _over(lengths(text)):
+        if too_long != "cut":
+            raise ValueError(f"prompts.negative {over}; shorten it, or set prompts.too_long to cut")
+        log.warning("prompts.negative %s: cut there", over)
+
+
+def _over(counted: Sequence[tuple[str, int, int]]) -> str:
+    """What is said of a text that is too long, or nothing."""
+    return next((f"has {tokens} tokens, {name} takes {limit}" for name, tokens, limit in counted if tokens > limit), "")

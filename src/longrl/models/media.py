@@ -54,19 +54,24 @@ def load_media_family(config: ModelConfig, seed: int = 0, max_tokens: int | None
         raise RuntimeError("image and video generation needs diffusers: pip install 'longrl[flow]'") from error
     import torch
 
-    family, device = _load(MEDIA_FAMILIES[name]), _device(config)
+    from longrl.models.folder import quiet
 
-    if path.startswith("tiny:"):
-        twin, _, given = path.removeprefix("tiny:").partition("@")
-        if given and not given.isdecimal():
-            raise ValueError(f"model.path {path}: the seed {given!r} is not a number; write tiny:{twin}@0")
-        pipe = _load(f"longrl.models.tiny_diffusion:{_TWINS[twin][1]}")(int(given or seed))
-        pipe.to(getattr(torch, config.dtype))
-    else:
-        try:
-            pipe = getattr(diffusers, name).from_pretrained(path, dtype=getattr(torch, config.dtype))
-        except (OSError, ValueError, RuntimeError) as error:
-            raise ValueError(f"model.path {path}: cannot be loaded ({' '.join(str(error).split())[:300]})") from error
+    with quiet():
+        diffusers.utils.logging.disable_progress_bar()
+        family, device, dtype = _load(MEDIA_FAMILIES[name]), _device(config), getattr(torch, config.dtype)
+        if path.startswith("tiny:"):
+            twin, _, given = path.removeprefix("tiny:").partition("@")
+            if given and not given.isdecimal():
+                raise ValueError(f"model.path {path}: the seed {given!r} is not a number; write tiny:{twin}@0")
+            pipe = _load(f"longrl.models.tiny_diffusion:{_TWINS[twin][1]}")(int(given or seed))
+            if dtype != torch.float32:  # which they are
+                pipe.to(dtype)
+        else:
+            try:
+                pipe = getattr(diffusers, name).from_pretrained(path, dtype=dtype)
+            except (OSError, ValueError, RuntimeError) as error:
+                why = " ".join(str(error).split())[:300]
+                raise ValueError(f"model.path {path}: cannot be loaded ({why})") from error
     pipe.set_progress_bar_config(disable=True)
     return family(pipe.to(device), max_tokens)
 

@@ -19,23 +19,30 @@ from typing import Any
 
 import numpy as np
 
+from longrl.config_files import load_config
 from longrl.files import write_whole
+from longrl.flow_config import FlowConfig
 from longrl.flow_types import Media
 from longrl.report.metrics import FILE_NAME, read_metrics
 from longrl.report.plots import Series, line_chart
+from longrl.runtime import CONFIG_NAME
 
 MOST_SAMPLES = 8
 """Of a prompt, side by side."""
-MIN_SIDE_PX = 96
+MIN_SIDE_PX = 128
 """Smaller pictures are shown enlarged, by a whole factor."""
+GAP_PX = 4
+"""White between samples; even, as H.264 wants it."""
 
 _CURVES = {
-    "Reward": ("reward/mean", "held_out/reward"),
-    "Loss": ("loss",),
-    "Divergence from the start": ("kl",),
-    "Log-prob difference, largest": ("sampling/logprob_diff",),
-    "Gradient norm": ("grad_norm",),
-    "Seconds a step": ("wall_s",),
+    "Reward": "reward/mean",
+    "Reward of held-out noise": "held_out/reward",
+    "Samples not scored": "reward/unscored",
+    "Loss": "loss",
+    "Divergence from the start": "kl",
+    "Log-prob difference, largest": "sampling/logprob_diff",
+    "Gradient norm": "grad_norm",
+    "Seconds a step": "wall_s",
 }
 
 
@@ -49,9 +56,10 @@ def save_samples(stem: Path, media: Media) -> Path:
         The file.
     """
     stem.parent.mkdir(parents=True, exist_ok=True)
-    frames = np.concatenate(list(media.pixels[:MOST_SAMPLES]), axis=2)  # [F, H, n W, 3]
     scale = -(-MIN_SIDE_PX // media.pixels.shape[2])
-    frames = frames.repeat(scale, 1).repeat(scale, 2)
+    shown = media.pixels[:MOST_SAMPLES].repeat(scale, 2).repeat(scale, 3)
+    spaced = np.pad(shown, [(0, 0), (0, 0), (0, 0), (0, GAP_PX), (0, 0)], constant_values=255)
+    frames = np.concatenate(list(spaced), axis=2)[:, :, :-GAP_PX]  # [F, H, n W, 3]
     if media.fps is not None:
         path = stem.with_suffix(".mp4")
         write_video(path, frames, media.fps)
@@ -98,17 +106,20 @@ def gain(before: Mapping[str, Any], after: Mapping[str, Any], name: str = "rewar
     return float(differences.mean()), float(differences.std(ddof=1) / math.sqrt(len(pairs))), len(pairs)
 
 
-def write_media_report(run_dir: Path, shown: int) -> Path:
-    """Writes report.html, and summary.json with the gain on held-out noise.
-
-    Args:
-        shown: prompts with their samples.
-    """
+def write_media_report(run_dir: Path) -> Path:
+    """Writes report.html, and summary.json with the gain on held-out noise."""
     stages = {stage: json.loads((run_dir / "held_out" / f"{stage}.json").read_text(encoding="utf-8"))
               for stage in ("before", "after")}  # fmt: skip
     summary = _summary(stages)
     write_whole(run_dir / "summary.json", json.dumps(summary, indent=1))
-    sections = [_head(summary), _samples(run_dir, stages, shown), _curves(run_dir / FILE_NAME), _configuration(run_dir)]
+    config = load_config([run_dir / CONFIG_NAME])
+    assert isinstance(config, FlowConfig)
+    sections = [
+        _head(config, summary),
+        _samples(run_dir, stages, config.held_out.shown),
+        _curves(run_dir / FILE_NAME, list(config.rewards)),
+        _configuration(run_dir),
+    ]
     style = resources.files("longrl.report").joinpath("page.css").read_text(encoding="utf-8")
     page = (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
@@ -134,7 +145,7 @@ def _finite(x: float) -> float | None:
     return x if math.isfinite(x) else None
 
 
-def _head(summary: Mapping[str, Any]) -> str:
+def _head(config: FlowConfig, summary: Mapping[str, Any]) -> str:
     def number(key: str, style: str = "+.3f") -> str:
         value = summary.get(key)
         return "&ndash;" if value is None else format(value, style)
@@ -151,7 +162,9 @@ def _head(summary: Mapping[str, Any]) -> str:
         for what, value, error in rows
     )
     return (
-        "<h1>Reinforcement learning of a generator</h1>"
+        f"<h1>Reinforcement learning of a generator</h1><p>{escape(config.model.path)}, "
+        f"{config.flow.preset or config.flow.method}, {config.steps} steps; reward: "
+        f"{escape(', '.join(f'{weight:g} x {name}' for name, weight in config.rewards.items()))}</p>"
         f'<p class="lead">Held-out noise that training never saw, the same before and after: {summary["pairs"]} pairs; '
         "&plusmn; is one standard error of the paired difference.</p>"
         f'<div class="scroll"><table class="checks"><tbody>{table}</tbody></table></div>'
@@ -159,15 +172,18 @@ def _head(summary: Mapping[str, Any]) -> str:
 
 
 def _samples(run_dir: Path, stages: Mapping[str, Mapping[str, Any]], shown: int) -> str:
-    parts = ["<h2>Samples</h2><p class='note'>The first prompts of the file; equal noise above and below.</p>"]
+    parts = [
+        "<h2>Samples</h2><p class='note'>Of the first prompts of the file; equal noise above and below. Of a prompt's "
+        f"samples {MOST_SAMPLES} are shown at most; the mean is of all.</p>"
+    ]
     for i, prompt in enumerate(stages["before"]["prompts"][:shown]):
         figures = ""
         for stage, content in stages.items():
             values = [value for value in content["prompts"][i]["rewards"] if value is not None]
-            mean = f", mean reward {sum(values) / len(values):.3f}" if values else ""
+            mean = f"mean reward {sum(values) / len(values):.3f} of {len(values)} samples" if values else "not scored"
             figures += (
                 f'<figure class="picture">{_embedded(run_dir / "held_out" / stage / sample_name(i))}'
-                f"<figcaption>{stage}{mean}</figcaption></figure>"
+                f"<figcaption>{stage}: {mean}</figcaption></figure>"
             )
         parts.append(f'<article class="sample"><h3>{escape(prompt["prompt"])}</h3>{figures}</article>')
     return "".join(parts)
@@ -190,25 +206,23 @@ def _embedded(stem: Path) -> str:
     return '<p class="missing">Nothing to show: no samples were saved.</p>'
 
 
-def _curves(path: Path) -> str:
+def _curves(path: Path, rewards: Sequence[str]) -> str:
     records = read_metrics(path) if path.exists() else []
-    figures = "".join(_curve(records, title, names) for title, names in _CURVES.items())
+    parts = {f"Reward: {name}": f"reward/{name}" for name in rewards} if len(rewards) > 1 else {}
+    figures = "".join(_curve(records, title, name) for title, name in (_CURVES | parts).items())
     return f'<h2>Training</h2><div class="grid">{figures}</div>'
 
 
-def _curve(records: Sequence[Mapping[str, Any]], title: str, names: Sequence[str]) -> str:
-    present = [name for name in names if any(record.get(name) is not None for record in records)]
-    if not present:
+def _curve(records: Sequence[Mapping[str, Any]], title: str, name: str) -> str:
+    """Over the steps that have it."""
+    points = [(record["step"], record[name]) for record in records if record.get(name) is not None]
+    if not points or (name == "reward/unscored" and not any(y for _, y in points)):
         return ""
-    series = [
-        Series(label=name, colour=colour, ys=[math.nan if (y := r.get(name)) is None else y for r in records])
-        for name, colour in zip(present, ("rl", "sft"), strict=False)
-    ]
-    svg = line_chart([record["step"] for record in records], series, title)
+    steps, ys = zip(*points, strict=True)
+    svg = line_chart(steps, [Series(label=title, colour="rl", ys=ys)], title)
     return f"<figure><figcaption>{escape(title)}</figcaption>{svg}</figure>"
 
 
 def _configuration(run_dir: Path) -> str:
-    path = run_dir / "config.yaml"
-    text = escape(path.read_text(encoding="utf-8")) if path.exists() else ""
+    text = escape((run_dir / CONFIG_NAME).read_text(encoding="utf-8"))
     return f"<h2>Configuration</h2><details><summary>config.yaml</summary><pre>{text}</pre></details>"

@@ -26,7 +26,7 @@ def stochastic_steps(algo: FlowAlgoConfig, steps: int, iteration: int, seed: int
         start = starts[(iteration - 1) // algo.window_every % len(starts)]
     else:
         start = random.Random(seed_for(seed, "window", iteration)).choice(starts)
-    return range(start, start + algo.window)
+    return range(start, start + algo.window_size(steps))
 
 
 def trained_steps(algo: FlowAlgoConfig, steps: int, window: range, iteration: int, seed: int) -> list[int]:
