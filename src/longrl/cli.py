@@ -189,8 +189,6 @@ def generate(
     """Ask a model about videos, images, sound, or nothing but text."""
     from longrl.generate import clips_of, generate_command
 
-    if top_p <= 0:
-        raise ValueError(f"--top-p is {top_p:g}, expected more than 0, at most 1")
     sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p}
     clips = clips_of(video or [], image or [], audio or [], fps, num_frames, start, end, with_audio)
     about = {"dtype": dtype, "cache_dir": cache}

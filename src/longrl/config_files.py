@@ -25,6 +25,7 @@ KINDS: dict[str, type[BaseModel]] = {
     model.model_fields["kind"].default: model for model in (*typing.get_args(typing.get_args(AnyConfig)[0]), FlowConfig)
 }
 
+Section = typing.TypeVar("Section", bound=BaseModel)
 Origins = dict[tuple[str, ...], str]
 """Key path -> the file and line, or the override, that set it."""
 
@@ -82,6 +83,18 @@ def load_config(paths: Sequence[Path], overrides: Sequence[str] = ()) -> AnyConf
         return typing.cast(AnyConfig | FlowConfig, KINDS[kind].model_validate_json(json.dumps(merged), strict=True))
     except ValidationError as error:
         raise ValueError(_explain(error, KINDS[kind], origins, sources)) from None
+
+
+def build_section(section: type[Section], values: dict[str, Any], name: str) -> Section:
+    """A part of a configuration from Python values.
+
+    Raises:
+        ValueError: one of them is not allowed; one line.
+    """
+    try:
+        return section.model_validate(values)
+    except ValidationError as error:
+        raise ValueError(_explain(error, section, {}, name)) from None
 
 
 def load_arguments(arguments: Sequence[str], *kinds: str) -> Any:

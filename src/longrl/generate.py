@@ -35,6 +35,8 @@ def generate_command(
     """
     if stream and (as_json or n > 1):
         raise ValueError("--stream shows one response as it is written; leave out --json and --n")
+    if (top_p := sampling.get("top_p", 1.0)) <= 0:
+        raise ValueError(f"--top-p is {top_p:g}, expected more than 0, at most 1")
     loaded = _load(model, clips, prompt, about)
     said = (lambda _, text: typer.echo(text, nl=False)) if stream else None
     replies = loaded.generate_contents([*clips, prompt], n=n, think=think, seed=seed, on_text=said, **sampling)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from longrl.config import CacheConfig, RolloutConfig
+from longrl.config_files import build_section
 from longrl.data.prompts import response_ids
 from longrl.models.family import Family
 from longrl.models.streams import make_streams
@@ -70,7 +71,12 @@ class Model:
         """Tokens that prefixes have been computed of."""
 
     def generate_content(self, parts: Parts, *, think: bool = False, seed: int = 0, **sampling) -> Reply:
-        """Asks once; see `generate_contents`."""
+        """Asks once. All else is as in `generate_contents`.
+
+        Args:
+            parts: Text, videos, images, sound, in reading order.
+            think: Put the text into the prompt that asks for a thought before the answer.
+        """
         return self.generate_contents(parts, n=1, think=think, seed=seed, **sampling)[0]
 
     def generate_contents(
@@ -95,7 +101,7 @@ class Model:
             MediaError: A file cannot be used.
             ValueError: The model does not take such media, or there is no text.
         """
-        config = RolloutConfig.model_validate({"max_new_tokens": 512, **sampling, "group_size": n})
+        config = build_section(RolloutConfig, {"max_new_tokens": 512, **sampling, "group_size": n}, "generate_contents")
         prompt = self._prompt(parts, think)
         pieces = None if on_text is None else _Pieces(self.policy.family, on_text)
         with torch.no_grad():
@@ -118,8 +124,8 @@ class Model:
         Raises:
             MediaError, ValueError: As `generate_contents`; or the response is empty.
         """
-        if not response:
-            raise ValueError("the response is empty; write what is to be scored")
+        if not isinstance(response, str) or not response:
+            raise ValueError(f"response: got {response!r:.80}, expected the text that is to be scored")
         prompt, ids = self._prompt(parts, think), response_ids(self.policy.family, response)
         prefix = self._prefix(prompt)
         streams = make_streams([prompt], [ids], prefix.length)
@@ -127,7 +133,10 @@ class Model:
         return Score(token_ids=tuple(ids), logprobs=tuple(logprobs[streams.mask].tolist()), prompt_tokens=len(prompt))
 
     def _prompt(self, parts: Parts, think: bool) -> Prompt:
-        content = (parts,) if isinstance(parts, str | Clip) else tuple(parts)
+        content = tuple(parts) if isinstance(parts, Sequence) and not isinstance(parts, str) else (parts,)
+        for part in content:
+            if not isinstance(part, str | Clip):
+                raise ValueError(f"parts: got {part!r:.80}, expected text, Video, Image or Audio, or a list of those")
         if not any(isinstance(part, str) and part.strip() for part in content):
             raise ValueError("the prompt is empty; write the question")
         if think:

@@ -215,3 +215,14 @@ def test_checkpoints_of_the_whole_model(tmp_path):
     assert again.keys() == {f"{front}{name}" for name in weights}
     assert all(torch.equal(again[f"{front}{name}"], weights[name]) for name in weights)
     assert load_family(ModelConfig(path=str(tmp_path / "again"))).encoder_id == family.encoder_id
+
+
+def test_encoder_id_tells_ears_and_eyes_apart():
+    family = Omni.tiny(0, torch.float32)
+    seen = {family.encoder_id}
+    for tower in (family.audio.tower, family.vision.visual):
+        with torch.no_grad():
+            next(tower.parameters()).add_(1)
+        assert family.encoder_id not in seen
+        seen.add(family.encoder_id)
+    assert family.encoder_id in seen

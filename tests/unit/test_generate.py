@@ -107,7 +107,8 @@ def test_the_span_and_sampling_decide_what_is_seen(generate):
         ([], {"video": "gone.mp4"}, "gone.mp4: no such file"),
         ([], {"video": __file__}, "test_generate.py"),
         ([], {"model": "gone"}, "model.path gone: not a Hugging Face folder"),
-        ([], {"model": "tiny:gone"}, "no family for model_type 'gone'"),
+        ([], {"model": "tiny:gone"}, "no family for model_type 'gone'; known: qwen2, qwen3, "),
+        (["--dtype", "fp16"], {}, "longrl.load: dtype: got 'fp16', expected 'float32', 'bfloat16' or 'float64'"),
         (["--start", 5, "--end", 2], {}, "the span 5.0 s to 2.0 s is empty"),
         (["--start", 50], {}, "is not within the video"),
         (["--start", "soon"], {}, "--start: got 'soon'"),
@@ -129,6 +130,23 @@ def test_an_error_is_one_line(generate, options, changes, line):
     assert err.startswith("longrl: error: ")
     assert err.count("\n") == 1
     assert line in err
+
+
+def test_wrong_arguments_are_one_line(world):
+    with pytest.raises(ValueError, match=r"^longrl\.load: unknown key 'precision'[^\n]*$"):
+        longrl_package.load(str(world[1]), precision="float32")
+    model = longrl_package.load("tiny:qwen2")
+    with pytest.raises(ValueError, match=r"^generate_contents: unknown key 'max_tokens'[^\n]*max_new_tokens[^\n]*$"):
+        model.generate_content("what?", max_tokens=3)
+    for parts, shown in ((["what?", 3], "3"), ({"text": "what?"}, "{'text'"), (["x", None], "None")):
+        with pytest.raises(ValueError, match=rf"^parts: got {shown}.*, expected text, Video, Image or Audio"):
+            model.generate_content(parts)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match="response: got 5, expected the text"):
+        model.score("what?", 5)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match=r"gone\.png: cannot read the file: No such file"):
+        longrl_package.load(world[1]).generate_content(["what?", longrl_package.Image(Path("gone.png"))])
+    with pytest.raises(ValueError, match=r"^generate_contents: group_size: got 0, expected greater[^\n]*$"):
+        model.generate_contents("what?", n=0)
 
 
 def test_an_empty_question(capfd, world):

@@ -83,6 +83,12 @@ def test_the_folder_is_complete_for_transformers(tiny, folder):
     assert tuple(video["size"].values()) == tiny.vision.limits["video"]
 
 
+def test_the_shipped_model_has_the_files_of_its_recipe(tiny, root):
+    """Made by an older one it shrank pictures to a single token."""
+    for name, text in tiny.files.items():
+        assert (root / "assets" / "warm_start" / name).read_text() == text
+
+
 def test_processor_files_of_the_source_are_kept(folder, tmp_path):
     """Byte by byte, though the source may be gone by then; and none is invented beside them."""
     (folder / "video_preprocessor_config.json").unlink()

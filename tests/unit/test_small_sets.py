@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from longrl.config import DataConfig, VideoConfig
+from longrl.config import DataConfig, ModelConfig, VideoConfig
 from longrl.data.examples import load_examples
 from longrl.data.synthetic.paint import RGB
 from longrl.data.synthetic.small import CELL_PX, COLOURS, GRID, SPLITS, make_small
-from longrl.rewards.format import format_reward, parse_answer
+from longrl.models import load_family
+from longrl.rewards.format import format_reward, parse_answer, parse_thought
 from longrl.types import Example, Rollout
 
 SIZE = {"train": 60, "test": 20, "seed": 3}
@@ -51,8 +52,8 @@ def question(example: Example) -> str:
 def truth(task: str, example: Example) -> int:
     text = question(example)
     if task == "arithmetic":
-        a, sign, b = re.fullmatch(r"what is (\d) ([+-]) (\d)\?", text).groups()  # pyright: ignore[reportOptionalMemberAccess]
-        return int(a) + int(b) if sign == "+" else int(a) - int(b)
+        first, *pairs = re.fullmatch(r"what is (\d) ([+-]) (\d) ([+-]) (\d)\?", text).groups()  # pyright: ignore[reportOptionalMemberAccess]
+        return int(first) + sum(int(sign + term) for sign, term in zip(pairs[::2], pairs[1::2], strict=True))
     asked = text.split()[2].removesuffix("s")
     return sum(asked in thing for thing in seen(example.clips[0].path))
 
@@ -65,6 +66,33 @@ def test_answers_are_true(made):
     counts = Counter(example.answer for example in load["train_rl"])
     assert len(counts) > 3
     assert max(counts.values()) < 30  # of 60: a constant answer is mostly wrong
+
+
+def test_a_picture_is_asked_about_once_for_each_count(made):
+    """So that questions share its prefix, and how often says nothing about the answer."""
+    task, _, load = made
+    if task == "counting":
+        for split in SPLITS:
+            pictures: dict[str, list[str]] = {}
+            for example in load[split]:
+                pictures.setdefault(example.clips[0].path, []).append(str(example.answer))
+            assert all(sorted(answers) == ["0", "1", "2", "3"] for answers in pictures.values())
+
+
+def test_the_shipped_model_sees_every_cell(made, root):
+    """One token each: pictures are not shrunk."""
+    task, _, load = made
+    if task == "counting":
+        family = load_family(ModelConfig(path=str(root / "assets" / "warm_start")))
+        (clip,) = load["test"][0].clips
+        assert family.measure(clip).num_tokens == GRID * GRID
+
+
+def test_the_thought_ends_at_the_answer(made):
+    _, _, load = made
+    for example in load["train_sft"]:
+        thought = str(parse_thought(example.response))
+        assert ("guess" in thought) != thought.endswith(f" {example.answer}"), example.id
 
 
 def test_half_of_the_demonstrations_guess(made):
@@ -96,7 +124,7 @@ def test_the_same_seed_makes_the_same_files(made, tmp_path):
     task, folder, _ = made
     make_small(task, tmp_path, **SIZE)
     files = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
-    assert len(files) == (3 if task == "arithmetic" else 143)
+    assert len(files) == (3 if task == "arithmetic" else 3 + 15 + 15 + 5)
     assert all((tmp_path / file).read_bytes() == (folder / file).read_bytes() for file in files)
 
 

@@ -10,7 +10,7 @@ import pytest
 from media import CONSTANT, render
 
 from longrl.types import MediaError
-from longrl.video.audio import read_audio
+from longrl.video.audio import count_samples, read_audio
 
 RATE = 16000
 LATER = [time_s + 5 for time_s in CONSTANT]
@@ -95,6 +95,34 @@ def test_resampling_and_mixing_down(tmp_path: Path) -> None:
     power = np.abs(np.fft.rfft(heard))
     assert sorted(np.argsort(power)[-2:].tolist()) == [880, 1760]  # 2 s: half a hertz a bin
     assert power[880] == pytest.approx(power[1760], rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("rate", "layout"),
+    [
+        (8000, "mono"),
+        (11025, "stereo"),
+        (22050, "2.1"),
+        (32000, "quad"),
+        (44100, "5.1"),
+        (96000, "7.1"),
+        (192000, "hexadecagonal"),
+    ],
+)
+def test_any_rate_and_layout(rate: int, layout: str, tmp_path: Path) -> None:
+    """A tone of every channel is heard as long, high and loud as it is."""
+    path, channels = tmp_path / "a.mkv", av.AudioLayout(layout).nb_channels
+    tone = (np.sin(2 * np.pi * 440 * np.arange(rate * 2) / rate) * 8000).astype(np.int16)
+    with av.open(str(path), "w") as container:
+        track = container.add_stream("pcm_s16le", rate=rate, layout=layout)
+        frame = av.AudioFrame.from_ndarray(tone.repeat(channels)[None], "s16", layout)
+        frame.sample_rate, frame.pts = rate, 0
+        container.mux([*track.encode(frame), *track.encode()])
+    heard = read_audio(str(path))
+    assert (heard.dtype, len(heard)) == (np.float32, 32000)
+    assert count_samples(str(path)) == 32000
+    assert np.abs(np.fft.rfft(heard)).argmax() == 880  # 2 s: half a hertz a bin
+    assert np.abs(heard[8000:24000]).max() == pytest.approx(8000 / 32768, rel=5e-3)
 
 
 def test_errors(tmp_path: Path) -> None:

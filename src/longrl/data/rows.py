@@ -54,6 +54,8 @@ def read_rows(path: str) -> tuple[Path | None, Rows]:
         raise ValueError(
             f"{path}: cannot read the examples: {error.strerror}; check data.train and data.eval"
         ) from error
+    if b"\0" in content[:4096]:
+        raise ValueError(f"{path}: not a text; expected a JSONL file, a JSON list (.json) or a table (.parquet)")
     if file.suffix == ".json" and content.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
         return file.parent, _numbered(f"{path} row ", _list(path, content))
     return file.parent, _lines(path, content)
@@ -110,9 +112,11 @@ def _hub(name: str, split: str, path: str) -> Iterator[dict[str, Any]]:
     try:
         import datasets
         from datasets.exceptions import DatasetsError
+        from huggingface_hub.utils import logging as hub_logging
     except ImportError as error:
         raise RuntimeError(f"{path}: a dataset of the hub needs datasets; pip install 'longrl[data]'") from error
     datasets.disable_progress_bars()
+    hub_logging.set_verbosity_error()  # of its tries; that none came through is raised
     try:
         table = datasets.load_dataset(name, split=split)
     except (ValueError, FileNotFoundError, DatasetsError) as error:

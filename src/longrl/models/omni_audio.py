@@ -5,8 +5,6 @@ Reference: Qwen2.5-Omni (arXiv 2503.20215), section 2.1; log-mel features as Whi
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -14,11 +12,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig, WhisperFeatureExtractor
+from transformers import WhisperFeatureExtractor
 
+from longrl.models.encoder_id import EncoderId, config_of
 from longrl.types import Clip, MediaEmbeds, MediaError, MediaSize
 
-PREPROCESSING = 1
+PREPROCESSING = 2
 """Raise it when features change: cached embeddings are then made again."""
 RATE, HOP, FFT = 16000, 160, 400
 """Samples a second, a feature and a feature's window."""
@@ -34,16 +33,18 @@ class OmniAudio:
         """Features of a window."""
         filters = WhisperFeatureExtractor(feature_size=tower.config.num_mel_bins).mel_filters
         self.filters = torch.from_numpy(filters).float()
+        self._encoder_id = EncoderId(self._about, lambda: self.tower.state_dict(keep_vars=True))
 
-    def identify(self) -> dict[str, Any]:
-        """What decides the embeddings besides the sound."""
-        base = PreTrainedConfig().to_dict().keys()
-        digest = hashlib.sha256()
-        for name, tensor in sorted(self.tower.state_dict().items()):
-            digest.update(name.encode())
-            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
-        config = {key: value for key, value in self.tower.config.to_dict().items() if key not in base}
-        return {"preprocessing": PREPROCESSING, "config": json.dumps(config, sort_keys=True), "w": digest.hexdigest()}
+    @property
+    def encoder_id(self) -> str:
+        return self._encoder_id()
+
+    def _about(self) -> dict[str, Any]:
+        return {
+            "preprocessing": PREPROCESSING,
+            "dtype": str(self.tower.dtype),
+            "audio_config": config_of(self.tower.config),
+        }
 
     def measure(self, clip: Clip) -> MediaSize:
         from longrl.video.audio import count_samples

@@ -23,7 +23,7 @@ _MAX_DRIFT_S = 0.05
 
 
 def read_audio(path: str, start_s: float = 0.0, end_s: float | None = None, rate: int = 16000) -> np.ndarray:
-    """Reads a span of the main audio track, mixed down to mono and resampled.
+    """Reads a span of the main audio track, the mean of its channels, and resamples it.
 
     Sample k is what is heard start_s + k / rate seconds after the first video frame is shown (in a file without video:
     after its first audio sample). Where the track holds nothing (it starts late, has a gap, or ends before end_s) no
@@ -108,17 +108,26 @@ def _frames(container: InputContainer, stream: AudioStream, start_s: float, end_
 
 
 def _blocks(frames: Iterator[AudioFrame], rate: int) -> Iterator[tuple[int, np.ndarray]]:
-    """Resamples frames to mono; yields (which sample of the file's own clock comes first, float32 [samples])."""
+    """Resamples frames; yields (which sample of the file's own clock comes first, float32 [samples]).
+
+    Mono is the mean of the channels, as models that hear were trained on. ffmpeg would mix as for loudspeakers: two
+    channels half as loud again, eight four times as loud.
+    """
     resampler, cursor = None, 0
     for frame in frames:
         at = cursor if frame.time is None else round(frame.time * rate)
         if resampler is None or abs(at - cursor) > _MAX_DRIFT_S * rate:
             for block in resampler.resample(None) if resampler else ():
-                yield cursor, block.to_ndarray()[0]
-            resampler, cursor = AudioResampler(format="flt", layout="mono", rate=rate), at
+                yield cursor, _mean(block)
+            resampler, cursor = AudioResampler(format="flt", rate=rate), at
         for block in resampler.resample(frame):
-            samples = block.to_ndarray()[0]
+            samples = _mean(block)
             yield cursor, samples
             cursor += len(samples)
     for block in resampler.resample(None) if resampler else ():
-        yield cursor, block.to_ndarray()[0]
+        yield cursor, _mean(block)
+
+
+def _mean(block: AudioFrame) -> np.ndarray:
+    """[samples] of packed channels; PyAV crashes on eight planar ones."""
+    return block.to_ndarray().reshape(-1, block.layout.nb_channels).mean(1)

@@ -99,7 +99,7 @@ def file_digest(path: str, memo_dir: Path | None = None) -> str:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
             after = os.fstat(file.fileno())
     except OSError as error:
-        raise MediaError(f"{path}: cannot read the video: {error.strerror or error}; check the path") from error
+        raise MediaError(f"{path}: cannot read the file: {error.strerror or error}; check the path") from error
     if memo and _identity(before) == _identity(after) and time.time() - after.st_ctime > SETTLED_S:
         # Remembering only saves time: where it cannot be written (a read-only cache), the file is read again.
         with suppress(OSError):

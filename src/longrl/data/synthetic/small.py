@@ -6,6 +6,7 @@ Rows as those of the long videos: demonstrations of which half guess, questions 
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,7 @@ GRID, CELL_PX = 3, 28
 """A picture is GRID x GRID cells: a tiny vision tower makes one token of a cell."""
 COLOURS = ("red", "green", "blue", "yellow")
 SHAPES = ("circle", "square", "triangle")
-MAX_TERM, MAX_COUNT = 9, 3
+NUM_TERMS, MAX_TERM, MAX_COUNT = 3, 9, 3
 HASTY = "a guess."
 
 
@@ -40,7 +41,10 @@ class Item:
     careful: str
     """A thought that ends at the answer."""
     category: str
-    picture: Image.Image | None = None
+
+
+Task = Callable[[np.random.Generator], tuple[Image.Image | None, list[Item]]]
+"""Draws questions, about a picture perhaps."""
 
 
 def make_small(task: str, folder: str | Path, train: int, test: int, seed: int = 0) -> dict[str, Path]:
@@ -59,71 +63,91 @@ def make_small(task: str, folder: str | Path, train: int, test: int, seed: int =
     if task not in TASKS:
         raise ValueError(f"no small set {task!r}; expected one of {', '.join(TASKS)}")
     folder, files = Path(folder), dict[str, Path]()
+    folder.mkdir(parents=True, exist_ok=True)
     for index, split in enumerate(SPLITS):
         rows, rng = list[dict[str, Any]](), np.random.default_rng((seed, index))
-        while len(rows) < (test if split == "test" else train):
-            item = TASKS[task](rng)
-            # what is only a text is of the training sets or of the test set, by its hash; pictures are all different
-            if item.picture is not None or (crc32(item.text.encode()) % 5 == 0) == (split == "test"):
-                rows.append(_row(item, f"{split}-{len(rows):04d}", folder, rng, demonstrated=split == "train_sft"))
-        folder.mkdir(parents=True, exist_ok=True)
+        size = test if split == "test" else train
+        while len(rows) < size:
+            picture, items = TASKS[task](rng)
+            about: dict[str, Any] = {}
+            if picture is None:  # a text is of the training sets or of the test set, by its hash; pictures all differ
+                items = [item for item in items if (crc32(item.text.encode()) % 5 == 0) == (split == "test")]
+            else:
+                about = {"image": f"images/{split}-{len(rows):04d}.png"}
+                (folder / "images").mkdir(exist_ok=True)
+                picture.save(folder / about["image"])
+            for item in items:
+                row = {"id": f"{split}-{len(rows):04d}"} | about | _columns(item)
+                rows.append(row | _demonstrated(item, rng) if split == "train_sft" else row)
         files[split] = folder / f"{split}.jsonl"
-        write_whole(files[split], "".join(json.dumps(row) + "\n" for row in rows))
+        write_whole(files[split], "".join(json.dumps(row) + "\n" for row in rows[:size]))
     return files
 
 
-def _row(item: Item, name: str, folder: Path, rng: np.random.Generator, *, demonstrated: bool) -> dict[str, Any]:
-    row: dict[str, Any] = {"id": name}
-    if item.picture is not None:
-        row["image"] = f"images/{name}.png"
-        (folder / "images").mkdir(parents=True, exist_ok=True)
-        item.picture.save(folder / row["image"])
-    row |= {"question": item.text, "answer": str(item.answer), "kind": "number", "category": item.category}
-    if demonstrated:
-        is_hasty = rng.random() < HASTY_FRACTION
-        guess = str(rng.integers(item.guesses))
-        row["response"] = response(HASTY, guess) if is_hasty else response(item.careful, str(item.answer))
-    return row
+def _columns(item: Item) -> dict[str, Any]:
+    return {"question": item.text, "answer": str(item.answer), "kind": "number", "category": item.category}
 
 
-def arithmetic(rng: np.random.Generator) -> Item:
-    """A sum or a difference of two numbers up to MAX_TERM; never below zero."""
-    a, b = sorted(rng.integers(0, MAX_TERM + 1, size=2).tolist(), reverse=True)
-    if rng.random() < 0.5:
-        text, answer, category = f"{a} - {b}", a - b, "difference"
-    else:
-        a, b = (a, b) if rng.random() < 0.5 else (b, a)
-        text, answer, category = f"{a} + {b}", a + b, "sum"
-    return Item(
-        text=f"what is {text}?",
-        answer=answer,
-        guesses=2 * MAX_TERM + 1,
-        careful=f"so {text} = {answer}",
-        category=category,
-    )
+def _demonstrated(item: Item, rng: np.random.Generator) -> dict[str, Any]:
+    is_hasty = rng.random() < HASTY_FRACTION
+    guess = str(rng.integers(item.guesses))
+    return {"response": response(HASTY, guess) if is_hasty else response(item.careful, str(item.answer))}
 
 
-def counting(rng: np.random.Generator) -> Item:
-    """How many things of a colour, or of a shape, are in a picture of a few (after CLEVR, arXiv 1612.06890)."""
-    by_colour = rng.random() < 0.5
-    asked = str(rng.choice(COLOURS if by_colour else SHAPES))
-    wanted = int(rng.integers(MAX_COUNT + 1))  # all counts are equally likely: to know how often says nothing
-    answer, things = -1, list[tuple[int, str, str]]()
-    while answer != wanted:
-        cells = sorted(rng.choice(GRID * GRID, size=rng.integers(2, 6), replace=False).tolist())
+def arithmetic(rng: np.random.Generator) -> tuple[None, list[Item]]:
+    """Numbers up to MAX_TERM added and taken away from left to right, never below zero. Who knows what two of them give
+    can answer questions never seen."""
+    total, *terms = rng.integers(0, MAX_TERM + 1, size=NUM_TERMS).tolist()
+    text, thoughts, signs = f"{total}", list[str](), set[str]()
+    for term in terms:
+        sign = "-" if term <= total and rng.random() < 0.5 else "+"
+        after = total + term if sign == "+" else total - term
+        thoughts.append(f"{total} {sign} {term} = {after}")
+        text, total = f"{text} {sign} {term}", after
+        signs.add(sign)
+    return None, [
+        Item(
+            text=f"what is {text}?",
+            answer=total,
+            guesses=NUM_TERMS * MAX_TERM + 1,
+            careful=", ".join(thoughts),
+            category={"+": "sum", "-": "difference"}[signs.pop()] if len(signs) == 1 else "mixed",
+        )
+    ]
+
+
+def counting(rng: np.random.Generator) -> tuple[Image.Image, list[Item]]:
+    """How many things of a colour, or of a shape, are in a picture of a few (after CLEVR, arXiv 1612.06890): of every
+    picture, in any order, one question for each count, so that to know how often says nothing."""
+    while True:
+        cells = sorted(rng.choice(GRID * GRID, size=rng.integers(4, 8), replace=False).tolist())
         things = [(cell, str(rng.choice(COLOURS)), str(rng.choice(SHAPES))) for cell in cells]
-        answer = sum(asked in (colour, shape) for _, colour, shape in things)
-    seen, found = list[str](), 0
-    for _, colour, shape in things:
-        found += asked in (colour, shape)
-        seen.append((colour if by_colour else shape) + f" {found}" * (asked in (colour, shape)))
+        counts = Counter(name for _, colour, shape in things for name in (colour, shape))
+        asked = [[name for name in (*COLOURS, *SHAPES) if counts[name] == n] for n in range(MAX_COUNT + 1)]
+        if all(asked):
+            break
+    order = rng.permutation(MAX_COUNT + 1).tolist()
+    return _draw(things, rng), [_count(str(rng.choice(asked[n])), n, things) for n in order]
+
+
+def _count(asked: str, answer: int, things: list[tuple[int, str, str]]) -> Item:
+    by_colour = asked in COLOURS
+    import os
+
+    if os.environ.get("VARIANT") == "list":
+        seen, found = list[str](), 0
+        for _, colour, shape in things:
+            found += asked in (colour, shape)
+            seen.append((colour if by_colour else shape) + f" {found}" * (asked in (colour, shape)))
+        careful = f"{', '.join(seen)}: {answer}"
+    else:
+        careful = f"of {asked} i see {answer}"
     return Item(
         text=f"how many {asked} things are there?" if by_colour else f"how many {asked}s are there?",
         answer=answer,
         guesses=MAX_COUNT + 1,
-        careful=f"{', '.join(seen)}: {answer}",
+        careful=careful,
         category="colour" if by_colour else "shape",
-        picture=_draw(things, rng),
     )
 
 
@@ -145,4 +169,4 @@ def _draw(things: list[tuple[int, str, str]], rng: np.random.Generator) -> Image
     return picture
 
 
-TASKS: dict[str, Callable[[np.random.Generator], Item]] = {"arithmetic": arithmetic, "counting": counting}
+TASKS: dict[str, Task] = {"arithmetic": arithmetic, "counting": counting}
