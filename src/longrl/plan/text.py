@@ -41,6 +41,9 @@ def plan_lines(plan: Plan) -> Iterator[str]:
     yield f"time       {_seconds(plan.cost.total_s)} for {what} (estimated): {times}"
     if prompt.patches:
         yield f"           and {_seconds(plan.encode_s)} to encode each video, once (estimated, without decoding it)"
+    if plan.faster is not None:
+        keys, memory, cost = plan.faster
+        yield f"faster     {_seconds(cost.total_s)} and {_size(memory.peak_bytes)} with {_keys(keys)} (estimated)"
     yield f"fits       {'yes' if plan.fits else 'no'}"
 
 
@@ -56,8 +59,11 @@ def refusal(plan: Plan) -> str:
     if plan.change is None:
         return f"{text}; no layout, recomputation, adapters or fewer frames would make it fit"
     keys, other = plan.change
-    changes = " ".join(f"{key}={value}" for key, value in keys.items())
-    return f"{text}; {_size(other.peak_bytes)} with {changes}"
+    return f"{text}; {_size(other.peak_bytes)} with {_keys(keys)}"
+
+
+def _keys(keys: dict[str, str]) -> str:
+    return " ".join(f"{key}={value}" for key, value in keys.items())
 
 
 def _host(device: Device) -> str:
