@@ -80,6 +80,7 @@ def _memory_keys(plan: Plan) -> str:
     parts += ["offload"] if setup.offload else []
     parts += [f"MLP in tiles of {setup.mlp_tile_tokens:,}"] if setup.mlp_tile_tokens else []
     parts += [f"LoRA of rank {setup.lora_rank}"] if setup.lora_rank else []
+    parts += [f"{setup.prompts_in_flight} prompts in flight"] if setup.prompts_in_flight > 1 else []
     return ", ".join([*parts, f"weights of {setup.weight_bytes} bytes, computed in {setup.compute_bytes}"])
 
 
