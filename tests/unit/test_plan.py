@@ -343,6 +343,17 @@ def test_host_memory_decides_where_it_is_known(tmp_path):
     assert most[0] == most[1] > 3 * most[2] > 0
 
 
+def test_pinned_memory_is_counted_as_pytorch_takes_it():
+    """In powers of two: an input of 1.7 GiB takes 2, as often as there are layers; on the CPU nothing is pinned."""
+    lean = replace(BF16, offload=True)
+    assert plan_memory(B7, HOUR, lean, H200).host == {"layer inputs": 28 * 2 * GIB}
+    assert plan_memory(B7, HOUR, lean, find_device("CPU")).host == {"layer inputs": 28 * 256_000 * 3584 * 2}
+    away = replace(lean, lora_rank=0, offload_reference=True)
+    for device, most in ((H200, 2.0), (find_device("CPU"), 1.0)):
+        taken = plan_memory(B7, replace(HOUR, reference=True), away, device).host["reference weights"]
+        assert 0.999 * most**0.5 < taken / (2 * (B7.trunk_parameters + B7.tower_parameters)) <= most
+
+
 def test_a_gpu_of_this_machine_has_a_known_host(tmp_path):
     assert _gpus_here("H200", tmp_path) == 0
     for number, model in enumerate(["NVIDIA H200", "NVIDIA H200", "NVIDIA A100-SXM4-80GB"]):

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from longrl.config import ModelConfig
+from longrl.models import device_of
 
 if TYPE_CHECKING:
     from longrl.models.diffusion import MediaFamily
@@ -54,7 +55,7 @@ def load_media_family(config: ModelConfig, seed: int = 0, max_tokens: int | None
         raise RuntimeError("image and video generation needs diffusers: pip install 'longrl[flow]'") from error
     import torch
 
-    family, device = _load(MEDIA_FAMILIES[name]), _device(config)
+    family, device = _load(MEDIA_FAMILIES[name]), device_of(config)
 
     if path.startswith("tiny:"):
         twin, _, given = path.removeprefix("tiny:").partition("@")
@@ -74,15 +75,3 @@ def load_media_family(config: ModelConfig, seed: int = 0, max_tokens: int | None
 def _load(where: str) -> Any:
     module, name = where.split(":")
     return getattr(importlib.import_module(module), name)
-
-
-def _device(config: ModelConfig) -> str:
-    """
-    Raises:
-        ValueError: it is asked for and not there.
-    """
-    import torch
-
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("model.device is cuda, but PyTorch finds no GPU; use auto or cpu, or install PyTorch for CUDA")
-    return "cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu"
