@@ -68,6 +68,7 @@ class Training(Loop[TrainConfig]):
         """
         self.config, self.skips, self.ranks = config, skips, ranks
         require_model(config.model, config.parallel, trained=True)
+        limit = prompt_limit(config, config.data, ranks)  # before there is a run, or a model that has no room
         self.run_dir = start_run(config, is_main=ranks.is_main)
         self.checkpoints = Checkpoints(self.run_dir / CHECKPOINTS, config.checkpoint.keep)
         latest = ranks.from_main(self.checkpoints.latest)
@@ -75,7 +76,6 @@ class Training(Loop[TrainConfig]):
         self.optimizer = Optimizer(
             self.policy.trunk.parameters(), config.optim, config.steps, encoder=self.policy.encoder
         )
-        limit = prompt_limit(config, config.data, self.policy.trunk.device, ranks)
         self.build = PromptBuilder(self.policy.family, config.cache, skips, ranks, *limit)
         self.done, self.sharded = 0, config.parallel.shard
         self._passing: set[str] = set()

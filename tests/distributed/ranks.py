@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForImageTextToText
 
 from longrl import policy as policy_module
@@ -234,6 +235,47 @@ def hold(sp: SequenceGroup | None) -> dict[str, Any]:
     return {"rows": largest.rows, "kept": sum(kept.values()), "kv_bytes": kv_bytes, "length": prefix.length}
 
 
+class Messages(TorchDispatchMode):
+    """Notes every message of torch.distributed, whoever sends it: (operation, bytes of its largest side)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[str, int]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "c10d" and "barrier" not in func._schema.name:
+            # lists of lists of tensors, of those that are gathered
+            sides = [sum(x.nbytes for x in tree_leaves(arg) if isinstance(x, torch.Tensor)) for arg in args]
+            self.seen.append((func._schema.name.removeprefix("c10d::"), max(sides)))
+        return func(*args, **(kwargs or {}))
+
+
+TRAFFIC = (180, 720)
+"""Video tokens of two prompts that differ in nothing else."""
+
+
+def traffic(sp: SequenceGroup) -> dict[str, Any]:
+    """The messages of a whole step, decoding included, with whole and with sharded weights; for both prompts."""
+    found = {}
+    for sharded in (False, True) if sp.size > 1 else ():
+        for tokens in TRAFFIC:
+            case = Case(heads=8, kv_heads=4, layout=(7, tokens), questions=(4, 3), responses=())
+            family = make_family(case.heads, case.kv_heads, case.dtype)
+            family.model.generation_config.eos_token_id = [-1]
+            policy, prompts = Policy(family, sp=sp, sharded=sharded, memory=RECOMPUTED), make_prompts(family, case)
+            examples = [Example(id=f"q{i}", messages=(), answer=None, kind="open") for i in range(len(prompts))]
+            engine = NativeEngine(policy, RolloutConfig(group_size=2, max_new_tokens=5, temperature=0.0))
+            with Messages() as messages:
+                [(groups, prefix)] = engine.rollout(examples, prompts, ENGINE_SEEDS)
+                rows = [(group.prompt, one.token_ids) for group in groups for one in group.rollouts]
+                streams = make_streams([prompt for prompt, _ in rows], [ids for _, ids in rows], prefix.length)
+                policy.backward(prefix, streams, lambda logprobs, *_: logprobs.sum())
+                if not sharded:
+                    sum_gradients(policy.trunk.parameters(), sp.group)
+            found[sharded, tokens] = messages.seen
+    return {"messages": found}
+
+
 def refuse(sp: SequenceGroup) -> dict[str, Any]:
     """What is refused on a rank, and how tokens are split."""
     too_short = Prompt(
@@ -278,6 +320,7 @@ def run(rank: int, size: int, folder: str) -> None:
         "decode 0": lambda sp: decode(0.0, sp),
         "agree": agree,
         "hold": hold,
+        "traffic": traffic,
         "refuse": refuse,
         "sum": summed,
     }

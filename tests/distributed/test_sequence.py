@@ -12,7 +12,7 @@ import torch
 from longrl.parallel.layout import require_heads
 from tests.distributed import ranks
 from tests.distributed.conftest import start
-from tests.distributed.ranks import CASES, DECODE, HEAD_DIM, LAYERS, LAYOUTS, LONG, WORLD
+from tests.distributed.ranks import CASES, DECODE, HEAD_DIM, LAYERS, LAYOUTS, LONG, TRAFFIC, WORLD
 from tests.parity.test_shared_prefix import largest_difference
 
 pytestmark = pytest.mark.distributed
@@ -197,6 +197,28 @@ def test_messages_of_decoding_are_as_long_as_reckoned(found, layout):
         draws = (size - 1) * 8 * (12 * 8 + 12 * 8) if rank == 0 else 0
         sent = found[rank]["decode 0", layout]["bytes"]
         assert (sent["decode"], sent.get("draws", 0)) == (heads, draws)
+
+
+@pytest.mark.parametrize("sharded", [False, True], ids=["whole weights", "sharded"])
+@pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if prod(layout) > 1], ids=str)
+def test_no_message_grows_with_the_prompt_but_the_exchange_of_its_tokens_and_the_rings_keys(found, layout, sharded):
+    """Of all that torch.distributed sends in a step. The others are no longer than the suffix, or of weights and
+    gradients."""
+    weights = {"_allgather_base_", "_reduce_scatter_base_"} if sharded else {"allreduce_"}
+    for rank in range(prod(layout)):
+        by_length = found[rank]["traffic", layout]["messages"]
+        short, long = (by_length[sharded, tokens] for tokens in TRAFFIC)
+        assert [name for name, _ in short] == [name for name, _ in long]
+        grown = {name for (name, size), (_, longer) in zip(short, long, strict=True) if longer > size}
+        assert grown == ({"alltoall_base_"} if layout[0] > 1 else set()) | (
+            {"send", "recv_"} if layout[1] > 1 else set()
+        )
+        # 4 streams of 4 + 5 - 1 tokens: queries, keys, values, results and their gradients, of all 8 and 4 heads
+        suffix = 4 * 8 * 2 * (8 + 4 + 4 + 8) * HEAD_DIM * 8
+        rest = [(name, size) for (name, size), other in zip(short, long, strict=True) if other == (name, size)]
+        assert all(size <= suffix for name, size in rest if name not in weights)
+        assert {name for name, _ in rest} >= weights
+        assert len(rest) > 5 * LAYERS  # decoding a token has messages too
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)

@@ -71,10 +71,14 @@ def test_a_run_under_torchrun_is_that_of_one_process_and_goes_on_in_one(dataset,
     assert distance(str(ours), str(theirs))[1] < 1e-9
 
 
-def test_a_rank_that_fails_ends_the_run_and_only_its_own_line_says_why(dataset, tmp_path, root):
+# short prompts: with auto each process takes its own; sharing one, the other waits in the middle of attention
+SHARED = [{"sp": "auto"}, {"sp": 2, "shard": True}]
+
+
+@pytest.mark.parametrize("parallel", SHARED, ids=["apart", "sharing a prompt"])
+def test_a_rank_that_fails_ends_the_run_and_only_its_own_line_says_why(dataset, tmp_path, root, parallel):
     loss = "tests.distributed.losses:broken_on_rank_1"
-    # short prompts: each process takes its own, as with sp: 1
-    config = run_config(dataset, tmp_path, "run", algo={"loss": loss}, parallel={"sp": "auto"})
+    config = run_config(dataset, tmp_path, "run", algo={"loss": loss}, parallel=parallel)
     save_config(config, tmp_path / "run.yaml")
     done = torchrun(root, "rl", tmp_path / "run.yaml")
     assert done.returncode == 1  # torchrun's own; it prints the rank's
@@ -85,9 +89,11 @@ def test_a_rank_that_fails_ends_the_run_and_only_its_own_line_says_why(dataset, 
     assert "exitcode  : 2 " in cause
 
 
-def test_a_rank_that_dies_ends_the_run_long_before_the_timeout(dataset, tmp_path, root):
+@pytest.mark.parametrize("parallel", SHARED, ids=["apart", "sharing a prompt"])
+def test_a_rank_that_dies_ends_the_run_long_before_the_timeout(dataset, tmp_path, root, parallel):
     """As by the system, when memory runs out: it says nothing; torchrun names it."""
-    config = run_config(dataset, tmp_path, "run", algo={"loss": "tests.distributed.losses:killed_on_rank_1"})
+    loss = "tests.distributed.losses:killed_on_rank_1"
+    config = run_config(dataset, tmp_path, "run", algo={"loss": loss}, parallel=parallel)
     save_config(config, tmp_path / "run.yaml")
     done = torchrun(root, "rl", tmp_path / "run.yaml")  # in two minutes at most, of parallel.timeout_s's thirty
     assert done.returncode == 1

@@ -14,6 +14,7 @@ from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 from longrl.config import ModelConfig, RlConfig
 from longrl.models import load_family
 from longrl.parallel import attend, tensor_files
+from longrl.plan.plan import max_prompt_tokens
 from longrl.report.metrics import read_metrics
 from longrl.train_rl import train_rl
 from longrl.train_sft import train_sft
@@ -231,10 +232,20 @@ def test_rl_evaluates_when_due_and_at_the_end(dataset, tmp_path):
     assert ["eval/accuracy" in line for line in lines] == [False, True, True]
 
 
-def test_a_prompt_over_the_memory_plan_is_refused_before_it_is_decoded(dataset, tmp_path, monkeypatch):
-    monkeypatch.setattr("longrl.plan.devices._machine_bytes", lambda: 225 * 2**20)  # of a very small machine
+def test_what_is_over_the_memory_plan_is_refused_before_it_is_decoded(dataset, tmp_path, monkeypatch):
+    """A prompt, on a machine with room for a few tokens; with a mebibyte less, the run."""
+    config = rl_config(dataset, tmp_path, cache={"dir": str(tmp_path / "cache")})
     decoded = []
     monkeypatch.setattr("longrl.video.decode.Selection.read", lambda *args: decoded.append(args))
+
+    def room(mebibytes: int) -> int | None:
+        monkeypatch.setattr("longrl.plan.devices._machine_bytes", lambda: mebibytes * 2**20)
+        return max_prompt_tokens(config, 1, None)
+
+    least = next(mebibytes for mebibytes in range(300, 900) if room(mebibytes))
     with pytest.raises(MediaError, match=r"its prompt would have \d+ tokens, .* the memory plan .* allows \d+;"):
-        train_rl(rl_config(dataset, tmp_path, cache={"dir": str(tmp_path / "cache")}))
+        train_rl(config)
+    assert room(least - 1) == 0
+    with pytest.raises(ValueError, match=r"no room for a prompt of any length .*; longrl check names a change"):
+        train_rl(config)
     assert not decoded

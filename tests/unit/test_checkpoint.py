@@ -16,9 +16,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from longrl.checkpoint import Checkpoints, pack_optimizer, read_optimizer
-from longrl.export import export_command
 from longrl.parallel import tensor_files
-from longrl.runtime import CHECKPOINTS
 
 
 def make_model(seed: int = 0) -> LlamaForCausalLM:
@@ -178,7 +176,7 @@ def test_state_that_json_would_change_is_a_bug_of_the_caller(tmp_path):
 # Which ones there are
 
 
-def _truncate(path: Path) -> None:
+def truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1])
 
 
@@ -199,7 +197,7 @@ def test_the_newest_are_kept(tmp_path):
         checkpoints.at(5)
 
 
-@pytest.mark.parametrize("damage", [Path.unlink, _truncate])
+@pytest.mark.parametrize("damage", [Path.unlink, truncate])
 def test_damaged_ones_do_not_count_as_kept(tmp_path, damage):
     checkpoints = Checkpoints(tmp_path, keep=2)
     for step in (1, 2):
@@ -256,7 +254,7 @@ def _add_beside(path: Path) -> None:
     path.with_name("adapter_config.json").write_text("{}")
 
 
-@pytest.mark.parametrize("damage", [Path.unlink, _truncate, _flip, _empty, _add_beside])
+@pytest.mark.parametrize("damage", [Path.unlink, truncate, _flip, _empty, _add_beside])
 def test_a_damaged_folder_is_named_and_passed_over(tmp_path, damage, caplog):
     checkpoints = Checkpoints(tmp_path, keep=2)
     save(checkpoints, 1)
@@ -367,55 +365,3 @@ def test_a_killed_save_is_named_ignored_and_cleared_by_the_next(tmp_path, caplog
     assert ".unfinished-" in caplog.text
     save(checkpoints, 2)
     assert names(tmp_path) == ["step_000002"]
-
-
-# Export
-
-
-def test_export_copies_the_model_folder(tmp_path, capsys):
-    checkpoints = Checkpoints(tmp_path / "run" / CHECKPOINTS, keep=2)
-    save(checkpoints, 1)
-    save(checkpoints, 2)
-    (tmp_path / "run" / "config.yaml").write_text("kind: sft\n")
-    (tmp_path / "empty").mkdir()
-    export_command(tmp_path / "run", None, tmp_path / "new" / "deep")
-    export_command(str(tmp_path / "run"), 1, str(tmp_path / "empty"))
-    assert (tmp_path / "new" / "deep" / "deep" / "model.bin").read_text() == "weights 2"
-    assert (tmp_path / "empty" / "deep" / "model.bin").read_text() == "weights 1"
-    assert names(tmp_path) == ["empty", "new", "run"]
-    assert "step 2" in capsys.readouterr().out
-
-
-def test_export_loads_in_transformers(tmp_path):
-    model = make_model()
-    Checkpoints(tmp_path / CHECKPOINTS, keep=1).save(1, model.save_pretrained, nothing, {})
-    (tmp_path / "config.yaml").write_text("kind: sft\n")
-    export_command(tmp_path, None, tmp_path / "out")
-    tokens = torch.arange(10)[None]
-    assert torch.equal(LlamaForCausalLM.from_pretrained(tmp_path / "out")(tokens).logits, model.eval()(tokens).logits)
-    (tmp_path / "plain").touch()
-    modes = {path.stat().st_mode for path in (tmp_path / "out").iterdir()}
-    assert modes == {(tmp_path / "plain").stat().st_mode}  # the weights are as readable as any new file
-
-
-def test_export_refuses(tmp_path):
-    (tmp_path / "config.yaml").write_text("kind: sft\n")
-    with pytest.raises(ValueError, match="no complete checkpoint"):
-        export_command(tmp_path, None, tmp_path / "out")
-    final = save(Checkpoints(tmp_path / CHECKPOINTS, keep=1), 1)
-    with pytest.raises(ValueError, match="no checkpoint of step 3; there are: 1"):
-        export_command(tmp_path, 3, tmp_path / "out")
-    (tmp_path / "full").mkdir()
-    (tmp_path / "full" / "mine.txt").write_text("mine")
-    for out in (tmp_path / "full", tmp_path / "full" / "mine.txt"):
-        with pytest.raises(ValueError, match="not an empty folder"):
-            export_command(tmp_path, 1, out)
-    with pytest.raises(OSError, match="choose another --out"):
-        export_command(tmp_path, 1, tmp_path / "full" / "mine.txt" / "out")
-    with pytest.raises(ValueError, match="trained no adapters"):
-        export_command(tmp_path, 1, tmp_path / "out", merge_lora=True)
-    _truncate(final / "model" / "config.json")
-    with pytest.raises(ValueError, match="is damaged"):
-        export_command(tmp_path, 1, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-    assert (tmp_path / "full" / "mine.txt").read_text() == "mine"

@@ -12,7 +12,7 @@ from PIL import Image
 
 from longrl.config import ModelConfig, RlConfig
 from longrl.models import load_family
-from longrl.plan.choose import choose_layout, fits, largest_prompt, layouts, smallest_change
+from longrl.plan.choose import choose_layout, fastest_change, fits, largest_prompt, layouts, smallest_change
 from longrl.plan.cost import plan_cost
 from longrl.plan.devices import GIB, GPUS, _gpus_here, find_device
 from longrl.plan.memory import plan_memory
@@ -291,6 +291,42 @@ def test_updates_repeat_the_passes_and_prompts_in_flight_the_keys_and_values():
         assert three[part] == (3 * size if part in ("prefix KV", "layer inputs") else size)
 
 
+def test_decoding_side_by_side_reads_the_weights_once_for_all():
+    """Of short prompts, whose keys and values are little beside the weights; never of more than there are."""
+    work, device = replace(HOUR, prompt_tokens=1000), replace(H200, launch_s=0.0)
+    alone, eight, more = (
+        plan_cost(B7, work, replace(BF16, prompts_in_flight=n), device).seconds["decode"] for n in (1, 8, 80)
+    )
+    assert alone / 8 < eight == more < 1.2 * alone / 8
+
+
+def test_the_last_change_is_one_prompt_in_flight_where_that_is_what_is_too_much():
+    lean = replace(BF16, recompute="layer", offload=True, mlp_tile_tokens=4096)
+    found = smallest_change(B7, HOUR, replace(lean, prompts_in_flight=8), H200, 1)
+    assert found is not None
+    assert found[0] == {"rollout.prompts_in_flight": "1"}
+    assert found[2] == lean
+
+
+def test_what_is_faster_is_offered_if_it_fits_and_is_clearly_so():
+    short, lean = replace(HOUR, prompt_tokens=4000), replace(BF16, offload=True, mlp_tile_tokens=4096)
+    found = fastest_change(B7, short, BF16, H200, 1)
+    assert found is not None
+    keys, other = found
+    assert keys == {"rollout.prompts_in_flight": "8"}  # decoding is most of it
+    assert fits(B7, short, other, H200)
+    seconds = [plan_cost(B7, short, setup, H200).total_s for setup in (BF16, other)]
+    assert seconds[1] < 0.9 * seconds[0]
+    assert fastest_change(B7, short, other, H200, 1) is None
+    # where nothing is decoded, what the backward need not compute again
+    found = fastest_change(B7, replace(short, rollout=False), BF16, H200, 1)
+    assert found is not None
+    assert found[0] == {"memory.recompute": "none"}
+    # what would be faster for an hour has no room
+    assert plan_cost(B7, HOUR, BF16, H200).total_s > plan_cost(B7, HOUR, replace(BF16, recompute="none"), H200).total_s
+    assert fastest_change(B7, HOUR, lean, H200, 1) is None
+
+
 def test_host_memory_decides_where_it_is_known(tmp_path):
     lean = replace(BF16, offload=True, mlp_tile_tokens=4096)
     needs = plan_memory(B7, HOUR, lean, H200).host_bytes
@@ -305,6 +341,17 @@ def test_host_memory_decides_where_it_is_known(tmp_path):
     offloaded = config(tmp_path, memory={"recompute": "layer", "offload": True, "mlp_tile_tokens": 4096}, **keys)
     most = [max_prompt_tokens(offloaded, 1, 139 * GIB, host) for host in (None, 200 * GIB, 20 * GIB)]
     assert most[0] == most[1] > 3 * most[2] > 0
+
+
+def test_pinned_memory_is_counted_as_pytorch_takes_it():
+    """In powers of two: an input of 1.7 GiB takes 2, as often as there are layers; on the CPU nothing is pinned."""
+    lean = replace(BF16, offload=True)
+    assert plan_memory(B7, HOUR, lean, H200).host == {"layer inputs": 28 * 2 * GIB}
+    assert plan_memory(B7, HOUR, lean, find_device("CPU")).host == {"layer inputs": 28 * 256_000 * 3584 * 2}
+    away = replace(lean, lora_rank=0, offload_reference=True)
+    for device, most in ((H200, 2.0), (find_device("CPU"), 1.0)):
+        taken = plan_memory(B7, replace(HOUR, reference=True), away, device).host["reference weights"]
+        assert 0.999 * most**0.5 < taken / (2 * (B7.trunk_parameters + B7.tower_parameters)) <= most
 
 
 def test_a_gpu_of_this_machine_has_a_known_host(tmp_path):

@@ -11,6 +11,7 @@ import torch
 from longrl.config import CacheConfig, DataConfig, DataRunConfig, QuickstartConfig
 from longrl.data.clips import Clips
 from longrl.data.examples import Skips
+from longrl.models import device_of
 from longrl.models.family import Family
 from longrl.parallel.ranks import ALONE, Ranks
 from longrl.plan.devices import host_share_bytes
@@ -25,20 +26,28 @@ Change = Callable[[Example, tuple[MediaEmbeds, ...]], tuple[Example, tuple[Media
 """What a control does to an example and its media before the prompt is built."""
 
 
-def prompt_limit(
-    config: DataRunConfig | QuickstartConfig, data: DataConfig, device: torch.device, ranks: Ranks
-) -> tuple[int | None, str]:
+def prompt_limit(config: DataRunConfig | QuickstartConfig, data: DataConfig, ranks: Ranks) -> tuple[int | None, str]:
     """Tokens of the longest prompt that a run has room for, and what says so; the same on all ranks, which all call it.
 
     Args:
         data: of the run; a quickstart makes one for each stage.
+
+    Raises:
+        ValueError: there is no room for a prompt of any length.
     """
     planned = None
     if isinstance(config, DataRunConfig):
-        gpu_bytes = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
+        gpu_bytes = None
+        if device_of(config.model) == "cuda":
+            gpu_bytes = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
         planned = max_prompt_tokens(config, ranks.size, gpu_bytes, host_share_bytes())
         if planned is not None:
             planned = min(tokens for tokens in ranks.gather_all(planned) if tokens is not None)
+        if planned == 0:
+            raise ValueError(
+                f"model.path {config.model.path}: the memory plan has no room for a prompt of any length beside the "
+                "weights and what training keeps of them; longrl check names a change that makes it fit"
+            )
     if planned is None or (data.max_prompt_tokens is not None and data.max_prompt_tokens <= planned):
         return data.max_prompt_tokens, "data.max_prompt_tokens"
     return planned, "the memory plan (longrl check)"

@@ -129,7 +129,7 @@ def evaluate(
         change: a control: what is done to each prompt's example and media first (see controls.py).
         forced: a control: the text that every response is made to begin with.
     """
-    limit = prompt_limit(config, skips.data, policy.trunk.device, ranks)
+    limit = prompt_limit(config, skips.data, ranks)
     build = PromptBuilder(policy.family, config.cache, skips, ranks, *limit)
     asked = config.eval
     sampling = config.rollout.model_copy(

@@ -54,7 +54,7 @@ def load_family(config: ModelConfig, seed: int = 0) -> Family:
         elif config.lora:
             pointer = os.path.abspath(base) if not base.startswith("tiny:") else _with_seed(base, seed)
             adapters.inject(family, config.lora, pointer, seed)
-    family.model.to(choose_device(config))  # pyright: ignore (its stubs take no device)
+    family.model.to(device_of(config))  # pyright: ignore (its stubs take no device)
     return family
 
 
@@ -120,8 +120,8 @@ def _load_plain(where: str, dtype_name: str, seed: int) -> Family:
     return family.tiny(seed, dtype) if path is None else family.load(path, dtype)
 
 
-def choose_device(config: ModelConfig) -> str:
-    """`auto` is a GPU where there is one.
+def device_of(config: ModelConfig) -> str:
+    """cpu, or cuda: the current GPU.
 
     Raises:
         ValueError: it is asked for and not there.

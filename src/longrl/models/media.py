@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from longrl.config import ModelConfig
-from longrl.models import choose_device
+from longrl.models import device_of
 
 if TYPE_CHECKING:
     from longrl.models.diffusion import MediaFamily
@@ -59,7 +59,7 @@ def load_media_family(config: ModelConfig, seed: int = 0, max_tokens: int | None
 
     with quiet():
         diffusers.utils.logging.disable_progress_bar()
-        family, device, dtype = _load(MEDIA_FAMILIES[name]), choose_device(config), getattr(torch, config.dtype)
+        family, device, dtype = _load(MEDIA_FAMILIES[name]), device_of(config), getattr(torch, config.dtype)
         if path.startswith("tiny:"):
             twin, _, given = path.removeprefix("tiny:").partition("@")
             if given and not given.isdecimal():

@@ -1,8 +1,9 @@
-"""What would make a plan fit, found by trying; and the layout of the processes for a prompt of some length."""
+"""What would make a plan fit, or a step faster, found by trying; and the layout of the processes for a prompt of some
+length."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import replace
 from itertools import product
 from math import ceil
@@ -18,6 +19,8 @@ TILE = 4096
 CLEARLY = 0.98
 """How much of the time a later layout may take to be preferred: estimates are no better."""
 LORA_RANK = 16
+WORTH = 0.9
+"""How much of the time a change may leave to be offered."""
 
 
 def fits(shape: ModelShape, work: Work, setup: Setup, device: Device) -> bool:
@@ -90,16 +93,17 @@ def smallest_change(
 ) -> tuple[dict[str, str], Work, Setup] | None:
     """What to set so that it fits, tried in all combinations.
 
-    First what changes no result: recomputation, offload, tiles and layout of the processes, then of up to eight times
-    as many; of that the fewest keys, then the fastest. Only then adapters in the place of full fine-tuning, and fewer
-    frames.
+    First what changes no result: recomputation, offload, tiles, one prompt in flight and layout of the processes, then
+    of up to eight times as many; of that the fewest keys, then the fastest. Only then adapters in the place of full
+    fine-tuning, and fewer frames.
 
     Returns:
         Configuration keys and values, with the work and setup that they come to; None where nothing helps.
     """
+    in_flight = {setup.prompts_in_flight, 1}
     for lossy, times in product((False, True), (1, 2, 4, 8)):
         best, one = None, device.shared_by(times)
-        for changes, results, other_work, other in _tries(shape, work, setup, processes * times):
+        for changes, results, other_work, other in _tries(shape, work, setup, processes * times, in_flight):
             if bool(results) != lossy or not fits(shape, other_work, other, one):
                 continue
             cost = (results, len(changes), other.sp, plan_cost(shape, other_work, other, one).total_s)
@@ -111,17 +115,42 @@ def smallest_change(
     return None
 
 
+def fastest_change(
+    shape: ModelShape, work: Work, setup: Setup, device: Device, processes: int
+) -> tuple[dict[str, str], Setup] | None:
+    """What to set so that a step takes the least time in the room that there is, results being the same.
+
+    Returns:
+        Configuration keys and values, with the setup that they come to; None where nothing is clearly faster.
+    """
+    before, found = _step_s(shape, work, setup, device, processes), []
+    in_flight = {setup.prompts_in_flight, *((1, 2, 4, 8) if work.rollout else ())}
+    for changes, results, _, other in _tries(shape, work, setup, processes, in_flight):
+        if not results and fits(shape, work, other, device):
+            after = _step_s(shape, work, other, device, processes)
+            if after < WORTH * before:
+                found.append((after, changes, other))
+    least = min((after for after, *_ in found), default=0.0)
+    # of those that are about as good, the one with the fewest keys
+    good = [(len(changes), after, changes, other) for after, changes, other in found if CLEARLY * after <= least]
+    return min(good, key=lambda one: one[:2])[2:] if good else None
+
+
+def _step_s(shape: ModelShape, work: Work, setup: Setup, device: Device, processes: int) -> float:
+    return plan_cost(shape, work, setup, device, max(1, processes // setup.sp)).total_s
+
+
 def _tries(
-    shape: ModelShape, work: Work, setup: Setup, processes: int
+    shape: ModelShape, work: Work, setup: Setup, processes: int, in_flight: Collection[int]
 ) -> Iterator[tuple[dict[str, str], int, Work, Setup]]:
     """(changes, how many of them change results, work, setup)."""
     tiles = {setup.mlp_tile_tokens, TILE}
     at_least = {(u, r) for u, r in layouts(shape, processes) if u * r >= setup.sp} | {(setup.ulysses, setup.ring)}
     # not where the encoder is trained: adapters are for the language model alone
     adapters = {setup.lora_rank, setup.lora_rank or (0 if setup.encoder_parameters else LORA_RANK)}
-    for recompute, offload, tile, (ulysses, ring), sharded, lora, reference, fewer in product(
+    for recompute, offload, tile, (ulysses, ring), sharded, lora, reference, together, fewer in product(
         ("none", "layer", "keep_attention"), (False, True), tiles, at_least, (False, True), adapters, (False, True),
-        (1, 2, 4, 8),
+        in_flight, (1, 2, 4, 8),
     ):  # fmt: skip
         away = reference and work.reference and not lora
         if (offload and recompute == "none") or (sharded and ulysses * ring == 1) or reference != away:
@@ -137,6 +166,7 @@ def _tries(
             lora_rank=lora,
             lora_targets=setup.lora_targets or tuple(shape.linears),
             offload_reference=reference,
+            prompts_in_flight=together,
         )
         changes = {
             "parallel.sp": str(other.sp) if other.sp != setup.sp else None,
@@ -145,6 +175,7 @@ def _tries(
             "memory.recompute": recompute if recompute != setup.recompute else None,
             "memory.offload": str(offload).lower() if offload != setup.offload else None,
             "memory.mlp_tile_tokens": str(tile or "null") if tile != setup.mlp_tile_tokens else None,
+            "rollout.prompts_in_flight": str(together) if together != setup.prompts_in_flight else None,
             "algo.offload_reference": str(reference).lower() if reference != setup.offload_reference else None,
             "model.lora.rank": str(LORA_RANK) if lora != setup.lora_rank else None,
             "frames": f"1/{fewer}" if fewer > 1 else None,

@@ -37,7 +37,9 @@ def plan_cost(shape: ModelShape, work: Work, setup: Setup, device: Device, group
     Args:
         groups: of processes that take different prompts (dp).
     """
-    prefix, suffix = _Pass(shape, work, setup, device), _Suffix(shape, work, setup, device)
+    rounds = ceil(work.prefixes / groups)
+    prefix = _Pass(shape, work, setup, device)
+    suffix = _Suffix(shape, work, setup, device, together=min(setup.prompts_in_flight, rounds))
     frozen = setup.lora_rank > 0 or not setup.language
     again = {"none": 0.0, "layer": 1.0, "keep_attention": prefix.products_s / prefix.forward_s}[setup.recompute]
     moved = Tally(shape, work, setup, device).kept()[1] / (device.host_link * device.movement)
@@ -65,7 +67,6 @@ def plan_cost(shape: ModelShape, work: Work, setup: Setup, device: Device, group
         passes += (updates - 1) + updates * (2 + again)
         flops += (updates - 1) * prefix.flops + updates * (1 + products) * suffix.flops
         flops += updates * (products * prefix.flops_products + 2 * prefix.flops_attention)
-    rounds = ceil(work.prefixes / groups)
     seconds = {name: rounds * value for name, value in seconds.items()}
     if work.trains:
         seconds["optimizer"] = work.updates * prefix.optimizer_s
@@ -107,7 +108,8 @@ class _Pass:
 class _Suffix:
     """All streams after one prefix."""
 
-    def __init__(self, shape: ModelShape, work: Work, setup: Setup, device: Device) -> None:
+    def __init__(self, shape: ModelShape, work: Work, setup: Setup, device: Device, together: int) -> None:
+        """together: prompts whose streams are decoded side by side, for each token of which weights are read once."""
         tally = Tally(shape, work, setup, device)
         rate, tokens = device.flops[setup.compute_bytes], work.suffix_tokens
         weights = shape.layers * shape.layer_matrices + shape.vocabulary * shape.width
@@ -116,10 +118,10 @@ class _Suffix:
         per_token = 2.0 * weights / device.products + attention / device.attention
         self.forward_s = tokens * per_token / setup.sp / rate
         self.micro_batches = ceil(tokens / max(1, tally.micro_batch * setup.sp))
-        streams, speed = min(work.group_size, work.max_streams), device.bandwidth * device.movement
-        turns = ceil(work.group_size / streams)
-        read = tally.b * weights + tally.prefix_kv
+        streams = min(together * work.group_size, work.max_streams)
+        turns, speed = ceil(together * work.group_size / streams), device.bandwidth * device.movement
+        read = tally.b * weights + max(1.0, together / turns) * tally.prefix_kv
         computed = streams * self.flops / tokens / rate / device.products / setup.sp
         messages = (setup.ulysses > 1) + (setup.ring > 1)
         launched = shape.layers * (OPERATIONS * device.launch_s + messages * LATENCY_S)
-        self.decode_s = turns * work.response_tokens * (max(read / speed, computed) + launched)
+        self.decode_s = turns / together * work.response_tokens * (max(read / speed, computed) + launched)

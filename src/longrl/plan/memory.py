@@ -12,7 +12,7 @@ Checked against the tensors that are really alive: tests/parity/test_plan_memory
 
 from __future__ import annotations
 
-from math import ceil
+from math import ceil, log2
 
 from longrl.plan.devices import Device
 from longrl.plan.shapes import ModelShape
@@ -162,12 +162,21 @@ class Tally:
             parts["optimizer"] = 2 * parts["gradients"]
         return parts
 
+    def pinned(self, size: float) -> float:
+        """Of a tensor of so many bytes: PyTorch takes pinned memory in powers of two."""
+        return size if self.device.is_cpu or not size else 2.0 ** ceil(log2(size))
+
     @property
     def host_reference(self) -> float:
-        """Of a reference whose weights come to the device a layer at a time."""
-        share = self.setup.sp if self.setup.sharded else 1
-        trunk, tower = self.shape.trunk_parameters / share, self.shape.tower_parameters
-        return self.setup.weight_bytes * (trunk + tower) if self.setup.offload_reference else 0.0
+        """Of a reference whose weights come to the device a layer at a time; biases and norms are too few to count. The
+        tower is not pinned."""
+        shape, setup = self.shape, self.setup
+        if not setup.offload_reference:
+            return 0.0
+        each = setup.weight_bytes / (setup.sp if setup.sharded else 1)
+        layer = sum(self.pinned(each * rows * columns) for rows, columns in shape.linears.values())
+        root = self.pinned(each * shape.vocabulary * shape.width) * (1 if shape.tied else 2)
+        return shape.layers * layer + root + setup.weight_bytes * shape.tower_parameters
 
     def gathered(self, blocks: int, always: bool = False) -> dict[str, float]:
         """Weights that are copied or whole for a pass: the root's, and of so many layers."""
@@ -277,7 +286,8 @@ def plan_memory(shape: ModelShape, work: Work, setup: Setup, device: Device) -> 
             phases["encoder"] = steady | waiting | {"media embeddings": here["media embeddings"]} | t.encoder()
         # AdamW goes through all parameters at once on a GPU, one after another on the CPU
         phases["optimizer"] = steady | ({} if device.is_cpu else {"AdamW's denominators": steady["gradients"]})
-    on_host = {"layer inputs": host * setup.prompts_in_flight, "reference weights": t.host_reference}
+    inputs = shape.layers * t.pinned(host / shape.layers) * setup.prompts_in_flight
+    on_host = {"layer inputs": inputs, "reference weights": t.host_reference}
     return Memory(
         phases={name: {part: int(size) for part, size in parts.items() if size} for name, parts in phases.items()},
         host={part: int(size) for part, size in on_host.items() if size},

@@ -10,7 +10,7 @@ from math import ceil
 
 from longrl.config import DataRunConfig, EvalRunConfig, RlConfig, SftConfig, TrainConfig
 from longrl.parallel.layout import require_heads, require_world
-from longrl.plan.choose import choose_layout, fits, largest_prompt, layouts, smallest_change
+from longrl.plan.choose import choose_layout, fastest_change, fits, largest_prompt, layouts, smallest_change
 from longrl.plan.cost import Cost, encode_seconds, plan_cost
 from longrl.plan.devices import GPUS, Device, find_device
 from longrl.plan.memory import plan_memory
@@ -40,6 +40,8 @@ class Plan:
     fits: bool
     change: tuple[dict[str, str], Memory] | None
     """Keys that would make it fit, and the memory it then takes."""
+    faster: tuple[dict[str, str], Memory, Cost] | None
+    """Keys that would make a step that fits faster, with its memory and time."""
 
 
 def make_plan(config: DataRunConfig, device: str, processes: int) -> Plan:
@@ -65,7 +67,12 @@ def make_plan(config: DataRunConfig, device: str, processes: int) -> Plan:
             f"a prompt of {prompt.tokens} tokens cannot be split over {setup.sp} sequence-parallel ranks: at least one "
             f"each, so {setup.sp - prompt.tokens} too few"
         )
-    memory, good, change = plan_memory(shape, work, setup, on), fits(shape, work, setup, on), None
+    memory, good = plan_memory(shape, work, setup, on), fits(shape, work, setup, on)
+    change = faster = None
+    if good and (better := fastest_change(shape, work, setup, on, processes)) is not None:
+        keys, other = better
+        cost = plan_cost(shape, work, other, on, processes // other.sp)
+        faster = keys, plan_memory(shape, work, other, on), cost
     if not good and (found := smallest_change(shape, work, setup, on, processes)) is not None:
         keys, other_work, other = found
         change = keys, plan_memory(shape, other_work, other, on)
@@ -81,6 +88,7 @@ def make_plan(config: DataRunConfig, device: str, processes: int) -> Plan:
         encode_s=encode_seconds(shape, work, setup, on),
         fits=good,
         change=change,
+        faster=faster,
     )
 
 

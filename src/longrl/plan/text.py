@@ -41,6 +41,9 @@ def plan_lines(plan: Plan) -> Iterator[str]:
     yield f"time       {_seconds(plan.cost.total_s)} for {what} (estimated): {times}"
     if prompt.patches:
         yield f"           and {_seconds(plan.encode_s)} to encode each video, once (estimated, without decoding it)"
+    if plan.faster is not None:
+        keys, memory, cost = plan.faster
+        yield f"faster     {_seconds(cost.total_s)} and {_size(memory.peak_bytes)} with {_keys(keys)} (estimated)"
     yield f"fits       {'yes' if plan.fits else 'no'}"
 
 
@@ -56,8 +59,11 @@ def refusal(plan: Plan) -> str:
     if plan.change is None:
         return f"{text}; no layout, recomputation, adapters or fewer frames would make it fit"
     keys, other = plan.change
-    changes = " ".join(f"{key}={value}" for key, value in keys.items())
-    return f"{text}; {_size(other.peak_bytes)} with {changes}"
+    return f"{text}; {_size(other.peak_bytes)} with {_keys(keys)}"
+
+
+def _keys(keys: dict[str, str]) -> str:
+    return " ".join(f"{key}={value}" for key, value in keys.items())
 
 
 def _host(device: Device) -> str:
@@ -74,6 +80,7 @@ def _memory_keys(plan: Plan) -> str:
     parts += ["offload"] if setup.offload else []
     parts += [f"MLP in tiles of {setup.mlp_tile_tokens:,}"] if setup.mlp_tile_tokens else []
     parts += [f"LoRA of rank {setup.lora_rank}"] if setup.lora_rank else []
+    parts += [f"{setup.prompts_in_flight} prompts in flight"] if setup.prompts_in_flight > 1 else []
     return ", ".join([*parts, f"weights of {setup.weight_bytes} bytes, computed in {setup.compute_bytes}"])
 
 
