@@ -28,6 +28,7 @@ from longrl.data.rows import missing
 from longrl.flow_config import FlowConfig
 from longrl.models import FAMILIES, base_path, tiny_family
 from longrl.parallel.layout import require_heads, require_world
+from longrl.plan.devices import find_device
 from longrl.plan.plan import make_plan
 from longrl.plan.shapes import known_source, shape_of
 from longrl.plan.text import plan_lines, refusal
@@ -42,9 +43,10 @@ def check_command(config: AnyConfig | FlowConfig, device: str = "CPU", processes
         processes: that it is planned for; None: those that torchrun has started, or as many as share a prompt.
 
     Raises:
-        ValueError: a file or name that the run needs does not exist, numbers that do not go together, or a plan
-            that does not fit the device; names all of them.
+        ValueError: there is no such device; a file or name that the run needs does not exist, numbers that do not go
+            together, or a plan that does not fit the device, all of which are named.
     """
+    find_device(device)
     if isinstance(config, WarmStartConfig):
         problems = list(_report_warm_start(config))
     elif isinstance(config, FlowConfig):
