@@ -34,6 +34,9 @@ from longrl.plan.shapes import known_source, shape_of
 from longrl.plan.text import plan_lines, refusal
 from longrl.runtime import rank_and_size
 
+BF16_DIFF = 0.5
+"""For algo.max_logprob_diff in bfloat16: above what rounding does (docs/numerics.md), below what a fault does."""
+
 
 def check_command(config: AnyConfig | FlowConfig, device: str = "CPU", processes: int | None = None) -> None:
     """Prints a summary of the resolved configuration, and the plan of a run on given data.
@@ -136,6 +139,13 @@ def _report_run(config: DataRunConfig) -> Iterator[str]:
         yield from _report_judge(config)
     if isinstance(config, RlConfig):
         _row("algo", f"{config.algo.advantage}, {config.algo.loss} loss, KL {config.algo.kl}")
+        if "bfloat16" in (config.model.dtype, config.model.compute_dtype) and config.algo.max_logprob_diff < BF16_DIFF:
+            stops = (
+                f"a run stops where they differ by more than algo.max_logprob_diff, {config.algo.max_logprob_diff:g}"
+            )
+            _row(
+                "", f"in bfloat16 engine and trainer log-probs round differently, and {stops}: set it to {BF16_DIFF:g}"
+            )
 
 
 def _files(config: DataRunConfig) -> Iterator[tuple[str, str | None, str | None]]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import sys
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
 
@@ -44,6 +43,8 @@ app.add_typer(video_app, name="video")
 
 def _say_version(asked: bool) -> None:
     if asked:
+        from importlib.metadata import version
+
         typer.echo(version("longrl"))
         raise typer.Exit
 
