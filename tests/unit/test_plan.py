@@ -106,7 +106,10 @@ def test_prompt_of_the_data_is_measured_else_bounded(tmp_path):
     assert wide.source.endswith("of one hour; video.max_pixels is null, so frames are as large as the model takes")
     often = {"fps": 4.0, "max_pixels": 784}  # of files with 2 frames a second
     often = make_plan(config(tmp_path, model={"path": path}, data={"train": str(data)}, video=often), "H200", 1).prompt
-    assert (often.frames, often.source.rpartition("; ")[2]) == (479, "239 of them repeat others, as the file has fewer")
+    assert (often.frames, often.source.rpartition("; ")[2]) == (
+        479,
+        "239 of its frames are repeated ones, as it has fewer",
+    )
 
 
 def test_clips_are_sized_as_they_are_encoded(tmp_path):

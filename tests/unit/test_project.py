@@ -29,9 +29,7 @@ DISTRIBUTIONS = {"yaml": "pyyaml", "PIL": "pillow", "math_verify": "math-verify"
 
 
 def test_configuration_and_command_line_import_no_torch():
-    light = "config, types, config_files, cli, check, runtime, models, plan.plan, plan.text".replace(
-        ", ", ", longrl."
-    )
+    light = "config, types, config_files, cli, check, runtime, models, plan.plan, plan.text".replace(", ", ", longrl.")
     heavy = "{'torch', 'transformers', 'av', 'matplotlib'}"
     code = f"import longrl.{light}, sys; sys.exit(' '.join({heavy} & set(sys.modules)) or 0)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)

@@ -77,7 +77,7 @@ def prompt_size(config: DataRunConfig, shape: ModelShape) -> PromptSize:
         f", the first of {len(examples)} rows" * (len(sizes) == PROBED)
     )
     if longest[3]:
-        source += f"; {longest[3]:,} of them repeat others, as the file has fewer"
+        source += f"; {longest[3]:,} of its frames are repeated ones, as it has fewer"
     return PromptSize(
         frames=longest[0],
         video_tokens=longest[1],
