@@ -40,12 +40,12 @@ def _make_data(folder: Path) -> None:
     row = {"id": "1", "video": "hour.mp4", "question": "What happens after the break?", "answer": "nothing"}
     (folder / "train.jsonl").write_text(json.dumps(row) + "\n")
     with av.open(str(folder / "hour.mp4"), "w") as container:
-        stream = container.add_stream("libx264", rate=1)
-        stream.width, stream.height, stream.pix_fmt = 1280, 720, "yuv420p"
+        stream = container.add_stream("libx264", rate=1, options={"preset": "ultrafast"})
+        stream.width, stream.height, stream.pix_fmt = 480, 270, "yuv420p"
         stream.codec_context.time_base = Fraction(1, 1)
-        for minute in range(61):
-            frame = av.VideoFrame.from_ndarray(np.full((720, 1280, 3), 4 * minute, np.uint8))
-            frame.pts = min(60 * minute, 3599)
+        for second in range(3600):
+            frame = av.VideoFrame.from_ndarray(np.full((270, 480, 3), 4 * (second // 60), np.uint8))
+            frame.pts = second
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
 

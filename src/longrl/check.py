@@ -30,12 +30,16 @@ from longrl.data.rows import missing
 from longrl.flow_config import FlowConfig
 from longrl.models import FAMILIES, base_path, tiny_family
 from longrl.parallel.layout import require_heads, require_world
+from longrl.plan.devices import find_device
 from longrl.plan.plan import make_plan
 from longrl.plan.shapes import known_source, shape_of
 from longrl.plan.text import plan_lines, refusal
 from longrl.registry import require_name
 from longrl.runtime import rank_and_size
 from longrl.scoring_config import REWARD_NAMES
+
+BF16_DIFF = 0.5
+"""For algo.max_logprob_diff in bfloat16: above what rounding does (docs/numerics.md), below what a fault does."""
 
 
 def check_command(config: AnyConfig | FlowConfig, device: str = "CPU", processes: int | None = None) -> None:
@@ -46,9 +50,10 @@ def check_command(config: AnyConfig | FlowConfig, device: str = "CPU", processes
         processes: that it is planned for; None: those that torchrun has started, or as many as share a prompt.
 
     Raises:
-        ValueError: a file or name that the run needs does not exist, numbers that do not go together, or a plan
-            that does not fit the device; names all of them.
+        ValueError: there is no such device; a file or name that the run needs does not exist, numbers that do not go
+            together, or a plan that does not fit the device, all of which are named.
     """
+    find_device(device)
     if isinstance(config, WarmStartConfig):
         problems = list(_report_warm_start(config))
     elif isinstance(config, FlowConfig):
@@ -140,6 +145,13 @@ def _report_run(config: DataRunConfig) -> Iterator[str]:
         yield from _report_judge(config)
     if isinstance(config, RlConfig):
         _row("algo", f"{config.algo.advantage}, {config.algo.loss} loss, KL {config.algo.kl}")
+        if "bfloat16" in (config.model.dtype, config.model.compute_dtype) and config.algo.max_logprob_diff < BF16_DIFF:
+            stops = (
+                f"a run stops where they differ by more than algo.max_logprob_diff, {config.algo.max_logprob_diff:g}"
+            )
+            _row(
+                "", f"in bfloat16 engine and trainer log-probs round differently, and {stops}: set it to {BF16_DIFF:g}"
+            )
 
 
 def _files(config: DataRunConfig) -> Iterator[tuple[str, str | None, str | None]]:

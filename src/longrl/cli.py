@@ -13,6 +13,7 @@ from typing import Annotated
 
 import typer
 
+from longrl.cli_files import AsJson, Config, End, Fps, NumFrames, Start, cache_app, data_app, video_app
 from longrl.config_files import load_arguments
 from longrl.errors import run_guarded
 from longrl.runtime import set_up_logging
@@ -31,9 +32,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-cache_app = typer.Typer(no_args_is_help=True, help="The cache of video embeddings.")
-video_app = typer.Typer(no_args_is_help=True, help="See a video as a model does.")
-data_app = typer.Typer(no_args_is_help=True, help="Rows of examples.")
 bench_app = typer.Typer(no_args_is_help=True, help="Measure this machine.")
 launch_app = typer.Typer(no_args_is_help=True, help="Start a run on several machines.")
 app.add_typer(launch_app, name="launch")
@@ -42,15 +40,19 @@ app.add_typer(cache_app, name="cache")
 app.add_typer(data_app, name="data")
 app.add_typer(video_app, name="video")
 
-Config = Annotated[
-    list[str],
-    typer.Argument(metavar="CONFIG", help="YAML files, merged left to right, and key=value overrides, applied last."),
-]
-Fps = Annotated[float | None, typer.Option(help="Frames to sample a second.")]
-NumFrames = Annotated[int | None, typer.Option(help="Frames to sample, evenly over the span.")]
-Start = Annotated[str | None, typer.Option(help="Where the span starts: seconds, mm:ss or hh:mm:ss.")]
-End = Annotated[str | None, typer.Option(help="Where the span ends; the end of the file if not given.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+
+def _say_version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        typer.echo(version("longrl"))
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    shown: Annotated[bool, typer.Option("--version", is_eager=True, callback=_say_version, help="Print it.")] = False,
+) -> None: ...
 
 
 @app.command()
@@ -80,7 +82,7 @@ def sft(config: Config) -> None:
     from longrl.train_sft import train_sft
 
     with start_ranks(loaded.parallel, partial(degree_rule, loaded)) as ranks:
-        train_sft(loaded, ranks)
+        _say_done(loaded.run_dir, train_sft(loaded, ranks), ranks.is_main)
 
 
 @app.command()
@@ -93,7 +95,20 @@ def rl(config: Config) -> None:
     from longrl.train_rl import train_rl
 
     with start_ranks(loaded.parallel, partial(degree_rule, loaded)) as ranks:
-        train_rl(loaded, ranks)
+        _say_done(loaded.run_dir, train_rl(loaded, ranks), ranks.is_main)
+
+
+def _say_done(run_dir: str, model: Path, is_main: bool) -> None:
+    if is_main:
+        typer.echo(f"{run_dir}: done; the model is {model}, longrl report {run_dir} draws the metrics")
+
+
+@app.command()
+def report(run: Annotated[Path, typer.Argument(help="A run directory of sft, rl or quickstart.")]) -> None:
+    """Draw a run's metrics into its report.html, at any time."""
+    from longrl.report.html import report_command
+
+    report_command(run)
 
 
 @app.command()
@@ -126,7 +141,7 @@ def filter_questions(
     config: Config,
     out: Annotated[Path, typer.Option(help="The JSONL file to write, in the folder of data.eval.")],
 ) -> None:
-    """Keep the questions that a model answers neither always right nor always wrong."""
+    """Keep the questions that a model gets right at times."""
     loaded = load_arguments(config, "eval")
     from longrl.evals.difficulty import filter_command
     from longrl.parallel.ranks import start_ranks
@@ -142,7 +157,7 @@ def check(
     device: Annotated[str, typer.Option(help="Plan for it: A100-80G, H100, H200, or CPU, this machine's.")] = "CPU",
     processes: Annotated[int | None, typer.Option(min=1, help="Of the run; as many as share a prompt.")] = None,
 ) -> None:
-    """Validate a configuration and plan its memory and time without running it."""
+    """Validate a configuration; plan its memory and time."""
     loaded = load_arguments(config)
     from longrl.check import check_command
 
@@ -186,7 +201,7 @@ def generate(
     cache: CacheDir = "runs/cache",
     as_json: AsJson = False,
 ) -> None:
-    """Ask a model about videos, images, sound, or nothing but text."""
+    """Ask a model about videos, images, sound, or text alone."""
     from longrl.generate import clips_of, generate_command
 
     sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p}
@@ -213,7 +228,7 @@ def score(
     cache: CacheDir = "runs/cache",
     as_json: AsJson = False,
 ) -> None:
-    """How likely a model finds a given response: the log-prob of each of its tokens."""
+    """Log-prob of each token of a given response."""
     from longrl.generate import clips_of, score_command
 
     clips = clips_of(video or [], image or [], audio or [], fps, num_frames, start, end, with_audio)
@@ -226,7 +241,7 @@ def verify(
     sp: Annotated[int, typer.Option(min=1, help="Also split a prompt over so many processes, started here.")] = 1,
     dtype: Annotated[str, typer.Option(help="fp64, fp32 or bf16.")] = "fp32",
 ) -> None:
-    """Check that a model, on this machine, computes what the slow way computes."""
+    """Does a model compute here what the slow way computes?"""
     from longrl.verify import verify_command
 
     verify_command(model, sp, dtype)
@@ -296,7 +311,7 @@ def bench_step(
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of all processes; all if not given.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """One training step along several paths: the prompt once, or once for every response."""
+    """A training step: the prompt once, or once a response."""
     from longrl.bench.work import Work
 
     work = Work(
@@ -309,87 +324,6 @@ def bench_step(
     from longrl.bench.table import bench_step as measure_and_print
 
     measure_and_print(work, repeats, threads or os.cpu_count() or 1, as_json)
-
-
-@cache_app.command("build")
-def cache_build(config: Config) -> None:
-    """Embed every video that a configuration names."""
-    loaded = load_arguments(config, "sft", "rl", "eval")
-    from longrl.video.cache_commands import cache_build as build
-
-    build(loaded)
-
-
-@cache_app.command("verify")
-def cache_verify(folder: Annotated[Path, typer.Argument(metavar="DIR")]) -> None:
-    """Read every entry and compare its checksum."""
-    from longrl.video.cache_commands import cache_verify as verify
-
-    verify(folder)
-
-
-@cache_app.command("info")
-def cache_info(folder: Annotated[Path, typer.Argument(metavar="DIR")]) -> None:
-    """Number and size of the entries."""
-    from longrl.video.cache_commands import cache_info as info
-
-    info(folder)
-
-
-@data_app.command("check")
-def data_check(
-    path: Annotated[str, typer.Argument(help="A JSONL, JSON or parquet file, or NAME@SPLIT of the Hugging Face hub.")],
-    format_name: Annotated[str, typer.Option("--format", help="As data.format.")] = "auto",
-    media_dir: Annotated[str | None, typer.Option(help="Where relative media paths start.")] = None,
-    fps: Fps = None,
-    num_frames: NumFrames = None,
-    sft: Annotated[bool, typer.Option("--sft", help="Rows need a response rather than an answer.")] = False,
-    as_json: AsJson = False,
-) -> None:
-    """A verdict on every row, and on the media files that it names; fails if any row cannot be used."""
-    from longrl.data.verdicts import data_check_command
-
-    data_check_command(path, format_name, media_dir, fps, num_frames, sft, as_json)
-
-
-@data_app.command("make")
-def data_make(
-    task: Annotated[str, typer.Argument(help="arithmetic (text) or counting (pictures).")],
-    out: Annotated[Path, typer.Option(help="The folder to write.")],
-    train: Annotated[int, typer.Option(min=1, help="Questions to demonstrate, and as many to reinforce.")] = 400,
-    test: Annotated[int, typer.Option(min=1, help="Held-out questions.")] = 100,
-    seed: int = 0,
-) -> None:
-    """Make a small set of questions with verifiable answers."""
-    from longrl.data.synthetic.small import make_small
-
-    for split, file in make_small(task, out, train, test, seed).items():
-        typer.echo(f"{split:<10} {file}")
-
-
-@video_app.command("probe")
-def video_probe(file: str, as_json: AsJson = False) -> None:
-    """Duration, streams, rotation, frames and key frames of a file."""
-    from longrl.video.commands import probe_command
-
-    probe_command(file, as_json)
-
-
-@video_app.command("frames")
-def video_frames(
-    file: str,
-    out: Annotated[Path, typer.Option(help="The folder to write the frames into; must be empty or absent.")],
-    fps: Fps = None,
-    num_frames: NumFrames = None,
-    start: Start = None,
-    end: End = None,
-    as_json: AsJson = False,
-    max_pixels: Annotated[int | None, typer.Option(help="Shrink frames to at most this height x width.")] = None,
-) -> None:
-    """Write the frames that sampling picks, with their true times."""
-    from longrl.video.commands import frames_command
-
-    frames_command(file, fps, num_frames, start, end, out, as_json, max_pixels)
 
 
 def main() -> None:

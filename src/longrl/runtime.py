@@ -120,10 +120,13 @@ def _require_same(config: RunConfig | FlowConfig, path: Path) -> None:
     if not differing:
         return
     key, more = differing[0], len(differing) - 1
+    mend = "choose another run_dir"
+    if key == "steps":
+        mend += f" with {path.parent}/{CHECKPOINTS}/step_*/model as its model.path to train on"
     was, now = (json.dumps(side[key]) if key in side else "unset" for side in (there, here))
     raise ValueError(
         f"run_dir {path.parent} holds a run with another configuration: {key} is {was} there, {now} here"
-        f"{f' (and {more} more)' if more else ''}; choose another run_dir, or delete {path.parent} to start over"
+        f"{f' (and {more} more)' if more else ''}; {mend}, or delete {path.parent} to start over"
     )
 
 

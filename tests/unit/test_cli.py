@@ -10,6 +10,7 @@ import resource
 import signal
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -227,7 +228,30 @@ def test_check_plans_for_a_device(longrl, base):
     refused = longrl("check", base, model, "parallel.sp=3", "--processes", "8")
     assert "parallel.sp is 3, but there are 8 processes: 8 = 2 x 3 + 2" in refused.stderr
     assert "parallel.sp: 4 KV heads cannot be dealt to 3 sequence-parallel ranks" in refused.stderr
-    assert "no device 'TPU'; known: A100-80G, H100, H200, CPU" in longrl("check", base, "--device", "TPU").stderr
+    done = longrl("check", base, "--device", "TPU")
+    assert (done.stdout, done.stderr) == ("", "longrl: error: no device 'TPU'; known: A100-80G, H100, H200, CPU\n")
+
+
+def test_what_would_fit_is_said_as_it_is_typed(longrl, base):
+    model = "model.path=models/Qwen2.5-VL-7B-Instruct"
+    done = longrl("check", base, model, "video.max_pixels=50176", "--device", "h100")
+    changes = re.search(r"too few; .* GiB with (--processes .+)\n", done.stderr)
+    assert changes is not None
+    done = longrl("check", base, model, "video.max_pixels=50176", "--device", "h100", *changes[1].split())
+    assert (done.returncode, done.stderr) == (0, "")
+    done = longrl("check", base, model, "--device", "h100")  # frames as large as they may be
+    assert "an eighth of the frames would make it fit; set video.max_pixels" in done.stderr
+
+
+def test_check_says_what_bfloat16_needs(longrl, base):
+    needs = "in bfloat16 engine and trainer log-probs round differently, and a run stops"
+    assert needs not in longrl("check", base).stdout
+    assert needs in longrl("check", base, "model.compute_dtype=bfloat16").stdout
+    assert needs not in longrl("check", base, "model.compute_dtype=bfloat16", "algo.max_logprob_diff=0.5").stdout
+
+
+def test_version(longrl):
+    assert longrl("--version").stdout == f"{version('longrl')}\n"
 
 
 def test_a_run_refuses_a_model_that_is_not_there(longrl, base):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -152,6 +153,29 @@ def test_a_bad_row_is_named_by_file_line_and_id(folder, change, message):
     assert str(caught.value).startswith(f"{folder / 'rows.jsonl'}:3 (id 'broken'): ")
     assert "\n" not in str(caught.value)
     assert not isinstance(caught.value, MediaError)  # which could be skipped
+
+
+@pytest.mark.parametrize(
+    ("drop", "column", "message"),
+    [
+        ("video", {"vidoe": "a.mp4"}, "column 'vidoe' is not one of ours; did you mean 'video'?"),
+        ("video", {"Video": "a.mp4"}, "did you mean 'video'?"),
+        ("video", {"video_path": "a.MP4"}, "column 'video_path' names a file, but a row without video, image, audio"),
+        ("options", {"option": ["a cat", "a dog"]}, "did you mean 'options'?"),
+        ("end_s", {"start": 3}, "did you mean 'start_s'?"),
+        ("end_s", {"nframes": 8}, "did you mean 'num_frames'?"),
+    ],
+)
+def test_a_misspelt_column_is_not_left_out(folder, drop, column, message):
+    row = {name: value for name, value in ROW.items() if name != drop} | column
+    with pytest.raises(ValueError, match=re.escape(message)):
+        load(folder, row)
+
+
+def test_columns_that_say_something_else_are_kept(folder):
+    columns = {"videoid": "x", "image_path": "thumbnail.png", "source": "web", "seconds": 9}
+    (example,) = load(folder, {**ROW, **columns})
+    assert example.extra == columns
 
 
 @pytest.mark.parametrize(

@@ -101,7 +101,15 @@ def test_prompt_of_the_data_is_measured_else_bounded(tmp_path):
     video = {"fps": None, "num_frames": 3600, "max_pixels": 142 * 784}
     bound = make_plan(config(tmp_path, model={"path": path}, video=video), "H200", 1).prompt
     assert (bound.frames, bound.video_tokens) == (3600, 1800 * 142)
-    assert "the data are not there" in bound.source
+    assert bound.source.endswith("the data are not there")
+    wide = make_plan(config(tmp_path, model={"path": path}, video={"fps": 1.0}), "H200", 1).prompt
+    assert wide.source.endswith("of one hour; video.max_pixels is null, so frames are as large as the model takes")
+    often = {"fps": 4.0, "max_pixels": 784}  # of files with 2 frames a second
+    often = make_plan(config(tmp_path, model={"path": path}, data={"train": str(data)}, video=often), "H200", 1).prompt
+    assert (often.frames, often.source.rpartition("; ")[2]) == (
+        479,
+        "239 of its frames are repeated ones, as it has fewer",
+    )
 
 
 def test_clips_are_sized_as_they_are_encoded(tmp_path):
@@ -121,11 +129,11 @@ def test_clips_are_sized_as_they_are_encoded(tmp_path):
         assert shape
         assert shape.vision
         for clip in [*clips, *([heard] if shape.audio else [])]:
-            size, (frames, seen, beside) = family.measure(clip), _clip_size(clip, shape.vision)
+            size, (frames, seen, beside, again) = family.measure(clip), _clip_size(clip, shape.vision)
             if clip.kind == "audio":
-                assert (frames, seen, beside) == (0, 0, size.num_tokens + 1)  # a half is counted
+                assert (frames, seen, beside, again) == (0, 0, size.num_tokens + 1, 0)  # a half is counted
                 continue
-            assert (frames, seen) == (size.num_frames, size.num_tokens)
+            assert (frames, seen, again) == (size.num_frames, size.num_tokens, 0)
             times = size.prompt_tokens - size.num_tokens
             assert times <= beside <= 1.4 * times
 
@@ -374,6 +382,11 @@ def test_an_encoder_that_learns_takes_a_phase_of_its_own(tmp_path):
     assert learns.memory.phases["encoder"]["encoder"] > GIB
     leaves = learns.prompt.tokens * 4 * B3.width
     assert learns.memory.phases["prefill"]["media embeddings"] == leaves
+
+
+def test_a_device_in_small_letters():
+    assert find_device("h100").name == "H100"
+    assert find_device("cpu").is_cpu
 
 
 def test_unknown_device():

@@ -13,7 +13,12 @@ from pathlib import Path
 
 import pytest
 
+from longrl.check import BF16_DIFF
 from longrl.cli import app
+from longrl.config import DataConfig, VideoConfig
+from longrl.config_files import load_arguments
+from longrl.data.examples import load_examples
+from longrl.plan.plan import make_plan
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -96,6 +101,25 @@ def test_readme_links_lead_somewhere():
     links = re.findall(r"\]\((?!https?:)([^)#]+)", README)
     assert links
     assert [link for link in links if not (ROOT / link).exists()] == []
+
+
+def test_readme_run_is_accepted_and_an_hour_fits_the_gpu_named(tmp_path):
+    (block,) = re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)
+    (gpu,) = set(re.findall(r"--device (\w+)", README))
+    (tmp_path / "lectures.yaml").write_text(block)
+    config = load_arguments([str(tmp_path / "lectures.yaml"), "data.train=nowhere.jsonl"], "rl")
+    plan = make_plan(config, gpu, 1)
+    assert plan.fits
+    assert f"an hour: {plan.prompt.video_tokens:,} tokens at most" in block
+    assert config.algo.max_logprob_diff >= BF16_DIFF
+
+
+def test_readme_row_is_accepted(tmp_path):
+    (row,) = re.findall(r"```\n({.*})\n```", README)
+    (tmp_path / "a.mp4").touch()
+    (tmp_path / "rows.jsonl").write_text(row)
+    (example,) = load_examples(str(tmp_path / "rows.jsonl"), DataConfig(), VideoConfig())
+    assert (example.kind, example.answer, len(example.clips)) == ("choice", "B", 1)
 
 
 def test_quickstart_configuration_is_there():

@@ -327,3 +327,41 @@ def test_moving_mean():
 def test_standard_error_by_hand():
     assert standard_error(0.5, 100) == 0.05
     assert standard_error(1.0, 10) == 0.0
+
+
+@pytest.mark.parametrize("kind", ["rl", "sft"])
+def test_a_training_run_has_a_report(tmp_path, longrl, kind):
+    chance, line = (
+        random.Random(1),
+        {"rl": lambda step: rl_line(step, 40, chance), "sft": lambda step: sft_line(step, chance)},
+    )
+    run_dir = tmp_path / "lectures"
+    write_lines(run_dir / "metrics.jsonl", (line[kind](step) for step in range(1, 41)))
+    (run_dir / "config.yaml").write_text(
+        f"kind: {kind}\nsteps: 200\nmodel: {{path: '<m>'}}\ndata: {{train: a.jsonl}}\n"
+    )
+    done = longrl("report", run_dir)
+    assert (done.returncode, done.stdout) == (0, f"{run_dir}/report.html\n")
+    page = (run_dir / "report.html").read_text()
+    assert Elements(page).open == []
+    assert "<h1>lectures</h1>" in page
+    assert "<dd>40 of 200</dd>" in page
+    assert "<code>&lt;m&gt;</code>" in page
+    assert f"{kind.upper()} step: " in page
+    assert ("Response length, tokens" in page) == (kind == "rl")
+    assert "Nothing to show" not in page
+    assert "Accuracy on held-out videos" not in page
+
+
+def test_a_training_run_before_its_first_step(tmp_path):
+    (tmp_path / "config.yaml").write_text("kind: rl\nsteps: 3\n")
+    page = write_report(tmp_path).read_text()
+    assert "<dd>0 of 3</dd>" in page
+    assert "Nothing to show: <code>metrics.jsonl</code> is missing" in page
+
+
+def test_no_report_of_other_folders(tmp_path, longrl):
+    assert "no run directory (no config.yaml)" in longrl("report", tmp_path).stderr
+    (tmp_path / "config.yaml").write_text("kind: flow\n")
+    done = longrl("report", tmp_path)
+    assert (done.returncode, "a run of kind 'flow' has no such report" in done.stderr) == (2, True)

@@ -54,7 +54,8 @@ def _look(clip: Clip) -> tuple[str, str | None]:
     try:
         check_exists(clip.path, clip.kind, "")
     except MediaError:
-        return "missing_media", f"{clip.kind} {clip.path}: no such local file"
+        mend = "; download it" if "://" in clip.path else ""
+        return "missing_media", f"{clip.kind} {clip.path}: no such local file{mend}"
     try:
         _read(clip)
     except MediaError as error:

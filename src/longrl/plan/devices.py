@@ -104,6 +104,7 @@ def find_device(name: str, processes: int = 1) -> Device:
     Raises:
         ValueError: no such device.
     """
+    name = next((known for known in DEVICES if known.casefold() == name.casefold()), name)
     if name in GPUS:
         here = _gpus_here(name)
         return replace(GPUS[name], host_bytes=_machine_bytes() // min(here, processes) if here else None)

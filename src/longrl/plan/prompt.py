@@ -67,7 +67,7 @@ def prompt_size(config: DataRunConfig, shape: ModelShape) -> PromptSize:
             cache=config.cache,
             demonstrations=isinstance(config, SftConfig),
         )
-        sizes = _measured(examples, vision) if vision else [(0, 0, 0)] * len(examples)
+        sizes = _measured(examples, vision) if vision else [(0, 0, 0, 0)] * len(examples)
     except (ImportError, RuntimeError, ValueError) as error:
         return _most(config, vision, f"the most that {'`video`' if vision else 'a text'} allows ({error})")
     longest = max(sizes, key=lambda size: size[1] + size[2])
@@ -76,6 +76,8 @@ def prompt_size(config: DataRunConfig, shape: ModelShape) -> PromptSize:
     source = f"the longest of {len(sizes)} {' and '.join(f'{kind}s' for kind in sorted(kinds))} in {path}" + (
         f", the first of {len(examples)} rows" * (len(sizes) == PROBED)
     )
+    if longest[3]:
+        source += f"; {longest[3]:,} of its frames are repeated ones, as it has fewer"
     return PromptSize(
         frames=longest[0],
         video_tokens=longest[1],
@@ -95,6 +97,8 @@ def _most(config: DataRunConfig, vision: VisionShape | None, source: str) -> Pro
     else:
         assert video.fps is not None
         frames, source = ceil(video.fps * SPAN_S), f"{source}, of one hour"
+    if video.max_pixels is None:
+        source += "; video.max_pixels is null, so frames are as large as the model takes"
     return PromptSize(
         frames=frames,
         video_tokens=vision.most_tokens(frames, video.max_pixels),
@@ -105,41 +109,42 @@ def _most(config: DataRunConfig, vision: VisionShape | None, source: str) -> Pro
     )
 
 
-def _measured(examples: list[Example], vision: VisionShape) -> list[tuple[int, int, int]]:
-    """(frames, tokens seen, tokens between and beside them) of the first examples with different media,
-    none perhaps."""
+def _measured(examples: list[Example], vision: VisionShape) -> list[tuple[int, int, int, int]]:
+    """(frames, tokens seen, tokens between and beside them, frames that repeat others) of the first examples with
+    different media, none perhaps."""
     first: dict[tuple[Clip, ...], Example] = {}
     for example in examples:
         first.setdefault(example.clips, example)
-    sizes: list[tuple[int, int, int]] = []
+    sizes: list[tuple[int, int, int, int]] = []
     for example in list(first.values())[:PROBED]:
         try:
             parts = [_clip_size(clip, vision) for clip in example.clips]
         except MediaError:
             continue  # the run says what is wrong with it
-        frames, seen, beside = map(sum, zip(*parts, strict=True)) if parts else (0, 0, 0)
-        sizes.append((frames, seen, beside))
+        frames, seen, beside, again = map(sum, zip(*parts, strict=True)) if parts else (0, 0, 0, 0)
+        sizes.append((frames, seen, beside, again))
     if not sizes:
         raise ValueError("none of its first media can be read")
     return sizes
 
 
-def _clip_size(clip: Clip, vision: VisionShape) -> tuple[int, int, int]:
-    """(frames, tokens seen, tokens between and beside them), as encoding will make them; of times at most."""
+def _clip_size(clip: Clip, vision: VisionShape) -> tuple[int, int, int, int]:
+    """As _measured, of what encoding will make; of times at most."""
     if clip.kind == "image":
         from longrl.video.image import image_size
 
-        return 1, vision.tokens("image", 1, *image_size(clip.path), clip.max_pixels), 0
+        return 1, vision.tokens("image", 1, *image_size(clip.path), clip.max_pixels), 0, 0
     if clip.kind == "audio":
         from longrl.video.audio import count_samples
 
-        return 0, 0, ceil(HEARD_PER_S * count_samples(clip.path, clip.start_s, clip.end_s, 16000) / 16000)
+        return 0, 0, ceil(HEARD_PER_S * count_samples(clip.path, clip.start_s, clip.end_s, 16000) / 16000), 0
     from longrl.video.decode import select_frames
 
     selected = select_frames(clip)
     frames, shown = len(selected.chosen), (selected.index.height, selected.index.width)
     times = vision.stamp_tokens * ceil(frames / vision.temporal)
-    return frames, vision.tokens("video", frames, *shown, clip.max_pixels), times
+    again = frames - len(set(selected.chosen.tolist()))
+    return frames, vision.tokens("video", frames, *shown, clip.max_pixels), times, again
 
 
 def _text_tokens(example: Example) -> int:

@@ -57,13 +57,21 @@ def refusal(plan: Plan) -> str:
         need, room, here = memory.host_bytes, device.planned_host_bytes, "its host"
     text = f"a step needs {_size(need)} a process, on {here} {_size(room)} may be planned, {_size(need - room)} too few"
     if plan.change is None:
-        return f"{text}; no layout, recomputation, adapters or fewer frames would make it fit"
+        smaller = "; set video.max_pixels: smaller frames have fewer tokens" if plan.prompt.video_tokens else ""
+        return f"{text}; no layout, recomputation, adapters or an eighth of the frames would make it fit{smaller}"
     keys, other = plan.change
     return f"{text}; {_size(other.peak_bytes)} with {_keys(keys)}"
 
 
 def _keys(keys: dict[str, str]) -> str:
-    return " ".join(f"{key}={value}" for key, value in keys.items())
+    return " ".join(_change(key, value) for key, value in keys.items())
+
+
+def _change(key: str, value: str) -> str:
+    """As it is typed; frames are no key, and the way to fewer is the user's."""
+    if key == "processes":
+        return f"--processes {value}"
+    return f"and {value} of the frames" if key == "frames" else f"{key}={value}"
 
 
 def _host(device: Device) -> str:
@@ -91,6 +99,8 @@ def _size(size: float) -> str:
 
 
 def _seconds(value: float) -> str:
+    if value >= 2 * 86400:
+        return f"{value / 86400:,.0f} days"
     return f"{value:.2g} s" if value < 10 else f"{value:,.0f} s"
 
 

@@ -1,4 +1,5 @@
-"""The head of the page: accuracy by stage, and what was claimed beside what was measured."""
+"""The head of the page: accuracy by stage, and what was claimed beside what was measured; of a training run, how far
+it has come."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ from html import escape
 from typing import Any
 
 from longrl.report.progress import clock
-from longrl.report.run_files import STAGES, RunFiles
+from longrl.report.run_files import LOOPS, STAGES, RunFiles
 
 
 def headline_html(run: RunFiles) -> str:
@@ -24,6 +25,22 @@ def headline_html(run: RunFiles) -> str:
         "Accuracies here are of four-option questions, where a guess scores 25%; &plusmn; is one standard error.</p>"
     )
     return f"{title}{lead}{_stage_cards(run)}{_checks(run)}{_facts(summary)}"
+
+
+def training_html(run: RunFiles, kind: str) -> str:
+    """Of a training run, finished or not."""
+    records, config = run.metrics[kind], run.config
+    model = escape(str((config.get("model") or {}).get("path")))
+    data = escape(str((config.get("data") or {}).get("train")))
+    lead = f'<p class="lead">{LOOPS[kind]} of <code>{model}</code> on <code>{data}</code>.</p>'
+    facts: dict[str, Any] = {"steps": f"{records[-1]['step'] if records else 0:,} of {config.get('steps')}"}
+    if records:
+        seconds = [record["wall_s"] for record in records]
+        facts |= {"time": clock(sum(seconds)), "seconds a step": f"{sum(seconds) / len(seconds):.2f}"}
+    for label, name in (("loss", "loss"), ("reward", "reward/mean"), ("held-out accuracy", "eval/accuracy")):
+        if values := [record[name] for record in records if record.get(name) is not None]:
+            facts[label] = f"{values[0]:.3g} \u2192 {values[-1]:.3g}"
+    return f"<h1>{escape(run.run_dir.resolve().name)}</h1>{lead}{_fact_list(facts)}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +154,10 @@ def _facts(summary: Mapping[str, Any]) -> str:
         "embedding cache hits": None if hits is None else f"{100 * hits:.0f}%",
         "seed": summary.get("seed"),
     }
+    return _fact_list(facts)
+
+
+def _fact_list(facts: Mapping[str, Any]) -> str:
     shown = "".join(
         f"<div><dt>{name}</dt><dd>{escape(str(value))}</dd></div>" for name, value in facts.items() if value is not None
     )

@@ -1,7 +1,8 @@
 """report.html: one page, nothing outside it, about a quickstart run: what was learned, how, and whether it holds up.
+Or about a training run: how it goes, or went.
 
 Read from the run directory: summary.json, eval/STAGE.json, sft/metrics.jsonl, rl/metrics.jsonl, gallery.png and
-config.yaml.
+config.yaml; of a training run metrics.jsonl and config.yaml.
 What is missing or broken is named in the place where it would stand.
 """
 
@@ -16,11 +17,15 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import typer
+
+from longrl.config_files import read_yaml
 from longrl.files import write_whole
-from longrl.report.headline import headline_html, plain, standard_error
+from longrl.report.headline import headline_html, plain, standard_error, training_html
 from longrl.report.plots import PARTS, Series, area_chart, bar_chart, line_chart, smoothing
-from longrl.report.run_files import STAGES, RunFiles, read_run
+from longrl.report.run_files import LOOPS, STAGES, RunFiles, metrics_file, read_run
 from longrl.report.samples import samples_html
+from longrl.runtime import CONFIG_NAME
 
 CHANCE = 0.25
 """Of guessing one of four options."""
@@ -29,6 +34,7 @@ _CURVES: dict[str, dict[str, tuple[str, ...]]] = {
     "rl": {
         "Reward": ("reward/mean", "reward/format"),
         "Answer reward": ("reward/answer", "eval/accuracy"),
+        "Groups that give a gradient": ("groups/informative",),
         "Response length, tokens": ("response/tokens",),
         "Loss": ("loss",),
         "Entropy, nats a token": ("entropy",),
@@ -45,7 +51,7 @@ def write_report(run_dir: Path) -> Path:
     """Write report.html into a run directory.
 
     Args:
-        run_dir: Of a quickstart run, complete or not.
+        run_dir: Of a quickstart or a training run, complete or not.
 
     Returns:
         The page's path.
@@ -54,17 +60,20 @@ def write_report(run_dir: Path) -> Path:
         OSError: The page cannot be written.
     """
     run = read_run(run_dir)
-    sections = [
-        headline_html(run),
-        _gallery(run),
-        _accuracy(run),
-        _curves(run, "rl", "Reinforcement learning"),
-        samples_html(run),
-        _step_time(run),
-        _wall_time(run),
-        _curves(run, "sft", "Supervised fine-tuning"),
-        _configuration(run),
-    ]
+    if (kind := run.config.get("kind")) in LOOPS:
+        sections = [training_html(run, kind), _curves(run, kind), _step_time(run), _configuration(run)]
+    else:
+        sections = [
+            headline_html(run),
+            _gallery(run),
+            _accuracy(run),
+            _curves(run, "rl"),
+            samples_html(run),
+            _step_time(run),
+            _wall_time(run),
+            _curves(run, "sft"),
+            _configuration(run),
+        ]
     page = (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1"><title>Long-video RL: report</title>'
@@ -74,6 +83,20 @@ def write_report(run_dir: Path) -> Path:
     path = run_dir / "report.html"
     write_whole(path, page)
     return path
+
+
+def report_command(run_dir: Path) -> None:
+    """
+    Raises:
+        ValueError: no such run, or one of a kind that has no such report.
+    """
+    path = run_dir / CONFIG_NAME
+    if not path.is_file():
+        raise ValueError(f"{run_dir}: no run directory (no {CONFIG_NAME}); give the run_dir of a run")
+    kinds = (*LOOPS, "quickstart")
+    if (kind := read_yaml(path).get("kind")) not in kinds:
+        raise ValueError(f"{run_dir}: a run of kind {kind!r} has no such report; give one of {', '.join(kinds)}")
+    typer.echo(write_report(run_dir))
 
 
 # Sections
@@ -157,10 +180,10 @@ def _accuracy_table(run: RunFiles, names: Mapping[str, list[str]]) -> str:
     )
 
 
-def _curves(run: RunFiles, kind: str, title: str) -> str:
-    records = run.metrics[kind]
+def _curves(run: RunFiles, kind: str) -> str:
+    records, title = run.metrics[kind], LOOPS[kind]
     if not records:
-        return f"<h2>{title}</h2>{run.missing(f'{kind}/metrics.jsonl')}"
+        return f"<h2>{title}</h2>{run.missing(metrics_file(run.config, kind))}"
     window = smoothing(len(records))
     averaged = f", with the moving mean of {window} steps drawn strong" if window > 1 else ""
     main = [_curve(records, label, names) for label, names in _CURVES[kind].items()]
@@ -196,7 +219,7 @@ def _step_time(run: RunFiles) -> str:
     head = "<h2>Where a step's time goes</h2>"
     charts = []
     for kind, label in (("rl", "RL step"), ("sft", "SFT step")):
-        records = run.metrics[kind]
+        records = run.metrics.get(kind, [])
         parts = [name for name in _union(records) if name.startswith("time/")]
         if not parts:
             continue
@@ -215,7 +238,7 @@ def _step_time(run: RunFiles) -> str:
         title = f"{label}: {mean:.2f} s on average"
         charts.append(_figure(title, series, area_chart([record["step"] for record in records], series, title)))
     if not charts:
-        return head + run.missing("rl/metrics.jsonl", "sft/metrics.jsonl")
+        return head + run.missing(*(metrics_file(run.config, kind) for kind in run.metrics))
     return f'{head}<div class="grid wide">{"".join(charts)}</div>'
 
 

@@ -20,6 +20,7 @@ _ROWS = {
     "loss": "loss",
     "reward/mean": "reward",
     "reward/answer": "answer reward",
+    "groups/informative": "informative groups",
     "eval/accuracy": "held-out accuracy",
     "response/tokens": "response tokens",
     "entropy": "entropy",

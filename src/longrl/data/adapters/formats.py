@@ -5,6 +5,7 @@ Columns that no function reads are kept in `Example.extra`, for rewards of one's
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -20,6 +21,9 @@ _CATEGORIES = ("temporal", "goal", "plot", "spatial")
 _REFUSED = ("tools", "objects", "chat_template_kwargs")
 """Columns of ms-swift's and TRL's rows that would change the prompt."""
 _ROLES = ("system", "user", "assistant")
+_LEFT_OUT = ("video", "videos", "image", "images", "audio", "audios", "options", "start_s", "end_s", "num_frames")
+"""Columns of ours that may be absent, so that nobody would notice a misspelt one."""
+_MEDIA_FILES = (".mp4", ".mkv", ".webm", ".mov", ".avi", ".png", ".jpg", ".jpeg", ".webp", ".wav", ".mp3", ".flac")
 
 
 def own(row: Row, media: MediaReader) -> Draft:
@@ -30,7 +34,7 @@ def own(row: Row, media: MediaReader) -> Draft:
     for kind in MEDIA_KINDS:
         if not files and kind in row.empty:
             raise row.wrong(kind, None, "a file; leave the column out of a question about text alone")
-    return Draft(
+    draft = Draft(
         turns=[("user", [row.text("question")])],
         media=files,
         options=_optional_list(row, "options"),
@@ -39,6 +43,8 @@ def own(row: Row, media: MediaReader) -> Draft:
         category=row.text("category", "other"),
         response=_optional(row, "response"),
     )
+    _require_spelling(row, bool(files))
+    return draft
 
 
 def longvideo_reason(row: Row, media: MediaReader) -> Draft:
@@ -183,6 +189,23 @@ def _chat(row: Row, media: MediaReader, name: str, turns: list[tuple[str, Conten
         category=_optional(row, "category"),
         response=response,
     )
+
+
+def _require_spelling(row: Row, has_media: bool) -> None:
+    """
+    Raises:
+        RowError: a column that is not read was probably meant to be.
+    """
+    kinds = [name for name in _LEFT_OUT if name.removesuffix("s") in MEDIA_KINDS] if has_media else []
+    absent = [name for name in _LEFT_OUT if name not in row.columns and name not in kinds]
+    for name, value in row.extra.items():
+        if nearest := difflib.get_close_matches(name.casefold(), absent, n=1, cutoff=0.8):
+            raise row.error(f"column {name!r} is not one of ours; did you mean {nearest[0]!r}?")
+        if not has_media and isinstance(value, str) and value.lower().endswith(_MEDIA_FILES):
+            raise row.error(
+                f"column {name!r} names a file, but a row without {', '.join(MEDIA_KINDS)} is a question about text "
+                "alone; rename the column, or take it out"
+            )
 
 
 def _columns(row: Row, media: MediaReader, sampling: dict[str, Any] | None = None) -> dict[str, list[Clip]]:
