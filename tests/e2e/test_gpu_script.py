@@ -34,11 +34,13 @@ PARTS = {
 ALONE = """
 import runpy, sys
 from importlib.machinery import PathFinder
+from importlib.util import find_spec
 class Without(PathFinder):
     @classmethod
     def find_spec(cls, name, path=None, target=None):
         return None if name in refused else super().find_spec(name, path, target)
 sys.meta_path = [Without if finder is PathFinder else finder for finder in sys.meta_path]
+assert find_spec("av") is find_spec("datasets") is None
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
