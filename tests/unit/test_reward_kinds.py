@@ -325,6 +325,7 @@ def test_repetition_needs_a_length():
             for text in ("\\boxed{5} \\boxed{6}", "$3$ $4$ $5$", "between 4 and 5", "5 of 6 things", "maybe 5")
         ],
         *[("5", text, 0) for text in ("<think>5</think>", "<think>5", "<answer>5</answer><answer>6</answer>", "not 5")],
+        *[("5", text, 0) for text in ("\\ne 5", "$x \\neq 5$", "\u2260 5")],
         *[("x+1", "$x+1$ and $x+2$", 0), ("(1,2)", "(2,1)", 0), ("x^2", "x^3", 0), (None, "5", None)],
     ],
 )
