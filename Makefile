@@ -22,7 +22,7 @@ flow-seeds: .venv/flow.stamp
 	for seed in 0 1 2; do for twin in sd3 wan; do \
 	  $(BIN)/longrl flow configs/tiny/$$twin.yaml run_dir=runs/flow-$$twin-$$seed runtime.seed=$$seed || exit 1; done; done
 
-# The quickstart's RL with every algorithm, two updates a batch, from one SFT model; lines of JSON: half an hour.
+# The quickstart's RL with every algorithm, two updates a batch, from one SFT model; lines of JSON.
 presets: .venv/core.stamp
 	$(BIN)/python benchmarks/presets.py
 
