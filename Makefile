@@ -22,11 +22,9 @@ flow-seeds: .venv/flow.stamp
 	for seed in 0 1 2; do for twin in sd3 wan; do \
 	  $(BIN)/longrl flow configs/tiny/$$twin.yaml run_dir=runs/flow-$$twin-$$seed runtime.seed=$$seed || exit 1; done; done
 
-# The quickstart with every algorithm, two updates a batch, into runs/preset-NAME: about five minutes each.
+# The quickstart's RL with every algorithm, two updates a batch, from one SFT model; lines of JSON.
 presets: .venv/core.stamp
-	for name in grpo dr_grpo rloo reinforce remax reinforce_pp reinforce_pp_baseline dapo gspo cispo t_grpo; do \
-	  $(BIN)/longrl quickstart configs/tiny/quickstart.yaml run_dir=runs/preset-$$name rl.algorithm=$$name \
-	    rl.algo.updates_per_batch=2 || exit 1; done
+	$(BIN)/python benchmarks/presets.py
 
 # Makes runs/warm_start from random weights, by the recipe of assets/warm_start: an hour on two cores.
 warm-start: .venv/core.stamp

@@ -1,6 +1,6 @@
 """Trains the quickstart's SFT model with presets of `algorithm`, two updates a batch, and says what it brought.
 
-    python benchmarks/presets.py                 all presets: an hour on two cores
+    python benchmarks/presets.py                 all presets
     python benchmarks/presets.py dapo gspo       some; arguments with a = change the quickstart: rl.steps=40
 
 Videos, embeddings and SFT model are made once and shared; only the RL stage is a preset's own. What was interrupted

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from longrl.check import check_command
 from longrl.report.metrics import read_metrics
+from longrl.rewards.compose import REWARDS
+from longrl.scoring_config import REWARD_NAMES
 from longrl.train_rl import train_rl
 from tests.e2e.conftest import rl_config
 from tests.e2e.test_training import same_bits, weights
@@ -45,3 +48,21 @@ def test_a_reward_that_is_missing_stops_the_run_before_a_model_is_loaded(dataset
     config = rl_config(dataset, tmp_path, rewards={"mine.py:reward": 1.0}, model={"path": str(tmp_path / "none")})
     with pytest.raises(ValueError, match=r"reward 'mine\.py:reward' cannot be imported: there is no file"):
         train_rl(config)
+
+
+def test_check_looks_rewards_up_without_importing_them(dataset, tmp_path, capsys):
+    assert set(REWARD_NAMES) == {*REWARDS, "answer", "judge"}
+    (tmp_path / "mine.py").write_text("1 / 0\n")
+    there = {"format": 0.1, "answer": 0.9, f"{tmp_path}/mine.py:reward": 0.0, "tests.e2e.rewards:first_token_even": 1.0}
+    check_command(rl_config(dataset, tmp_path, rewards=there))
+    assert "format, weight 0.1\n" in capsys.readouterr().out
+    for name, message in [
+        ("anwser", "unknown reward 'anwser': .* did you mean 'answer'"),
+        ("mine.py:reward", r"reward 'mine\.py:reward' cannot be imported: there is no file /"),
+        (
+            "nowhere.rewards:one",
+            r"reward 'nowhere\.rewards:one' cannot be imported: there is no module 'nowhere\.rewards'",
+        ),
+    ]:
+        with pytest.raises(ValueError, match=f"the run cannot start: {message}"):
+            check_command(rl_config(dataset, tmp_path, rewards={name: 1.0}))

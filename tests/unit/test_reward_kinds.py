@@ -72,6 +72,15 @@ def example(answer: str | None) -> Example:
             for text in ("not 5", "more than 5", "at least 5", "> 5", "\\boxed{7} \\boxed{8}", "9" * 50, "1e999", "5 6")
         ],
         *[(text, None) for text in ("<|im_end|>", "isn't 5", "nan", "inf", "answer: 5, answer: 6")],
+        *[("2*3 = 6", 6), ("2\u00d73 = 6", 6), ("5 km", 5), ("5!", 5)],
+        *[
+            (text, None)
+            for text in ("0x10", "5k", "5 thousand", "2 million", "a dozen: 5", "minus 5", "- 5", "maybe 5", "5+")
+        ],
+        *[
+            (text, None)
+            for text in ("2*3", "2 \u00d7 3", "5\u00b2", "\u00b2", "2^3", "sqrt(5)", "\u221a5", "5.0.0", "10^2")
+        ],
     ],
 )
 def test_parse_number(text, number):
@@ -136,6 +145,7 @@ def test_regression(said, truth, value):
             (text, None)
             for text in ("", "5", "20 to 10", "5 to 5", "5, 10, 15", "5 or 10", "1:75 to 2:00", "not 5 to 10")
         ],
+        *[(text, None) for text in ("-5 to 10", "[-5, 10]", "12.5.3 to 20", "from -5 to 10")],
     ],
 )
 def test_parse_span(text, span):
@@ -315,6 +325,7 @@ def test_repetition_needs_a_length():
             for text in ("\\boxed{5} \\boxed{6}", "$3$ $4$ $5$", "between 4 and 5", "5 of 6 things", "maybe 5")
         ],
         *[("5", text, 0) for text in ("<think>5</think>", "<think>5", "<answer>5</answer><answer>6</answer>", "not 5")],
+        *[("5", text, 0) for text in ("\\ne 5", "$x \\neq 5$", "\u2260 5")],
         *[("x+1", "$x+1$ and $x+2$", 0), ("(1,2)", "(2,1)", 0), ("x^2", "x^3", 0), (None, "5", None)],
     ],
 )

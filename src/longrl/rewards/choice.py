@@ -263,6 +263,7 @@ def _others(text: str, letter: str, options: Mapping[str, str]) -> bool:
 
 
 def _mentioned(text: str) -> set[str]:
+    """Letters that may name options, in upper case."""
     return {next(filter(None, match.groups())).upper() for match in _MENTIONED.finditer(text)}
 
 

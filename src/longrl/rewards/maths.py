@@ -14,7 +14,7 @@ _BOXED = re.compile(r"\\boxed\s*(\{.*?\}+)")
 _DOLLARS = re.compile(r"\$+([^$]+)\$+")
 _CUE = re.compile(r"\banswer(?: is|:| is:)", re.I)
 _PROSE = re.compile(r"(?<!\\)\b[a-z]{4,}", re.I)
-_DOUBT = re.compile(r"\?|\b(?:or|not|maybe|perhaps|probably|either|\w+n't)\b", re.I)
+_DOUBT = re.compile(r"\?|\\neq?\b|\u2260|\b(?:or|not|maybe|perhaps|probably|either|\w+n't)\b", re.I)
 
 
 def math_reward(example: Example, rollout: Rollout) -> float | None:

@@ -21,7 +21,16 @@ _STATED = re.compile(
 _NOT_IT = re.compile(
     r"\?|[<>\u2264\u2265\u2260]|\b(?:not|or|(?:more|less|fewer|other) than|at (?:least|most)|\w+n't)\b", re.I
 )
-_TIME = re.compile(r"(?<![\w.:])(?:\d{1,9}(?::[0-5]?\d){1,2}|\d{1,9})(?:\.\d{1,9})?(?![\d:])")
+_TIME = re.compile(r"(?<![\w.:])(?:\d{1,9}(?::[0-5]?\d){1,2}|\d{1,9})(?:\.\d{1,9})?(?![\d:]|\.\d)")
+_BEFORE_ZERO = re.compile(r"(?:^|[\[(,]|\bto|\bfrom)\s*[-\u2212]\s*\d")
+# Numbers that are a part of another one: "5 thousand", "5k", "minus 5", "- 5", "5+", "0x10".
+_PART = re.compile(
+    r"\b(?:minus|negative|hundreds?|thousands?|[mbt]r?illions?|dozens?|squared|cubed|maybe|perhaps|probably|guess)\b"
+    r"|\d\s?(?-i:[kKM]|bn)\b|\b0[xX]|^[-\u2212]\s|\d\+(?!\s*\d)",
+    re.I,
+)
+# Sums that are not done, as written: `plain` would make 23 of 2*3 and 52 of 5\u00b2.
+_UNDONE = re.compile(r"\d\s*[*\u00d7\u00f7^]\s*\d|[\u00b2\u00b3\u00b9\u2070-\u207f\u221a]|\b(?:sqrt|log|ln|exp)\b")
 
 
 def number_reward(example: Example, rollout: Rollout, *, decimals: int = 2, tolerance: float = 0.0) -> float | None:
@@ -85,12 +94,14 @@ def grounding_reward(example: Example, rollout: Rollout) -> float | None:
 def parse_number(text: str) -> Fraction | None:
     """The one number that `text` states: "1,000", "-3.5", "1/2", "$5", "12 people", "2 + 3 = 5", "The answer is 5.".
 
-    None: no number, several ("5 or 6", "3-4", "10:30"), a bound ("more than 5") or a denial ("not 5").
+    None: no number, several ("5 or 6", "3-4", "10:30"), a bound ("more than 5"), a denial ("not 5"), or a part of a
+    number or sum ("5 thousand", "2*3").
     """
-    text = plain(text).replace("\u2212", "-")
-    if _NOT_IT.search(text):
+    undone, text = _UNDONE.search(text), plain(text).replace("\u2212", "-")
+    if _NOT_IT.search(text) or _PART.search(text):
         return None
-    found = {_fraction(number) for number in _STATED.findall(text) or _NUMBERS.findall(text)}
+    stated = _STATED.findall(text)
+    found = {_fraction(number) for number in stated or (() if undone else _NUMBERS.findall(text))}
     return found.pop() if len(found) == 1 else None
 
 
@@ -98,7 +109,8 @@ def parse_span(text: str) -> tuple[float, float] | None:
     """(start_s, end_s) of "12.5 to 20", "[12.5, 20]", "00:12 - 00:20.5"; None unless two times, the later one last."""
     text = plain(text)
     times = [_seconds(time) for time in _TIME.findall(text)]
-    return (times[0], times[1]) if len(times) == 2 and times[0] < times[1] and not _NOT_IT.search(text) else None
+    sure = not (_NOT_IT.search(text) or _BEFORE_ZERO.search(text))
+    return (times[0], times[1]) if len(times) == 2 and times[0] < times[1] and sure else None
 
 
 def number_of(example: Example) -> Fraction | None:
