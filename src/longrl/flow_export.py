@@ -7,8 +7,7 @@ from pathlib import Path
 from longrl.config_files import load_config
 from longrl.flow_config import FlowConfig
 from longrl.flow_training import BASE
-from longrl.models.folder import quiet
-from longrl.models.media import load_media_family
+from longrl.models.media import load_media_family, quiet
 from longrl.runtime import CONFIG_NAME
 
 

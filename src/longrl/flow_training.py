@@ -19,8 +19,7 @@ from longrl.flow_types import Media, MediaPrompt
 from longrl.loop import Loop
 from longrl.models.denoiser import Denoiser, Shadow
 from longrl.models.diffusion import MediaFamily
-from longrl.models.folder import quiet
-from longrl.models.media import load_media_family
+from longrl.models.media import load_media_family, quiet
 from longrl.optim import Optimizer
 from longrl.parallel import tensor_files
 from longrl.parallel.gradients import sum_gradients

@@ -110,6 +110,8 @@ class Trajectory:
 
     steps: range
     """Which of the schedule's steps were stochastic; empty: none."""
+    together: int
+    """So many samples in a row are in one state before the first of them: a group that began with one noise, or 1."""
     states: Tensor
     """fp32 [N, K + 1, ...]: before each of them, and after the last."""
     logprobs: Tensor

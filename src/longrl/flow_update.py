@@ -60,10 +60,12 @@ def policy_gradient(
     for rows, step in _work(sampler, denoiser, samples, algo.kl_coef > 0):
         x, after = (samples.drawn.states[rows, k] for k in (step - start, step - start + 1))
         embeds, scored = samples.embeds[rows], samples.scored[rows].unsqueeze(1)
+        each = _together(samples, step)
         if algo.kl_coef:  # first: it may put other weights in place for a while
             with torch.no_grad(), denoiser.reference():
-                away, _ = sampler.gaussian(x, embeds, step)
-        mean, std = sampler.gaussian(x, embeds, step)
+                away = sampler.gaussian(x[::each], embeds[::each], step)[0].repeat_interleave(each, 0)
+        mean, std = sampler.gaussian(x[::each], embeds[::each], step)
+        mean = mean.repeat_interleave(each, 0)
         logprobs = log_density(after, mean, std)
         inputs = LossInputs(
             logprobs=logprobs.unsqueeze(1),
@@ -116,9 +118,17 @@ def nft_gradient(
 def _work(sampler: Sampler, denoiser: Denoiser, samples: Samples, all_rows: bool) -> Sequence[tuple[slice, int]]:
     """Rows and step of each pass: the batches that sampling made. Without signal none, but for ranks that share the
     weights, which must make the same passes."""
-    batches = micro_batches(len(samples.advantages), sampler.max_rows)
-    some = [rows for rows in batches if all_rows or denoiser.sharded or samples.advantages[rows].any()]
-    return [(rows, step) for rows in some for step in samples.trained]
+    return [
+        (rows, step)
+        for step in samples.trained
+        for rows in micro_batches(len(samples.advantages), sampler.max_rows * _together(samples, step))
+        if all_rows or denoiser.sharded or samples.advantages[rows].any()
+    ]
+
+
+def _together(samples: Samples, step: int) -> int:
+    """So many rows, one after the other, are in one state before this step: one pass of the denoiser serves them."""
+    return samples.drawn.together if step == samples.drawn.steps.start else 1
 
 
 def _learn(loss: Tensor, metrics: dict[str, float], steps: int, totals: Totals) -> None:

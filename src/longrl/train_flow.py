@@ -2,7 +2,7 @@
 
 - a group, the samples of one prompt, stays whole: its rewards are compared with each other;
 - sampling and training call one function, and the first update finds the densities that sampling recorded;
-- what the samples of a group share is computed once: text embeddings, and the steps before the first stochastic one;
+- what the samples of a group share is computed once: text embeddings, and the steps up to the first draw;
 - gradients are summed over the batch and all ranks, and divided once, by the global count.
 """
 

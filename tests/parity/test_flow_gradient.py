@@ -22,14 +22,15 @@ STEPS, TOKENS, GROUP = 4, 24, 3
 TEXTS = ["a red picture", "something blue"]
 
 
-def make(name, lora=True, guidance=3.0, checkpointing=False):
+def make(name, lora=True, guidance=3.0, checkpointing=False, shared_start=False):
     pipe = tiny_sd3(0) if name == "sd3" else tiny_wan(0)
     pipe.set_progress_bar_config(disable=True)
     family = SD3(pipe, TOKENS) if name == "sd3" else Wan(pipe, TOKENS)
     denoiser = Denoiser(family, LoraConfig(rank=2, alpha=4) if lora else None, 0, checkpointing, referred_to=True)
     size = (16, 16, 5) if family.is_video else (16, 16, 1)
     model = Guided(family, guidance, family.encode([""]))
-    return family, denoiser, make_sampler(model, size=size, steps=STEPS, noise_level=0.7, max_rows=4)
+    options = {"shared_start": shared_start, "max_rows": 4}
+    return family, denoiser, make_sampler(model, size=size, steps=STEPS, noise_level=0.7, **options)
 
 
 def perturb(denoiser, scale=0.05, seed=1):
@@ -66,14 +67,17 @@ def largest_difference(ours, theirs):
     return max((ours[name] - theirs[name]).abs().max() / scale for name in theirs).item()
 
 
+@pytest.mark.parametrize("shared_start", [True, False])
 @pytest.mark.parametrize("lora", [True, False])
 @pytest.mark.parametrize("name", ["sd3", "wan"])
-def test_policy_gradient_equals_the_plain_formula(name, lora):
+def test_policy_gradient_equals_the_plain_formula(name, lora, shared_start):
     """One sample, one step at a time, textbook Gaussians; weights that have moved, so that ratios are clipped; with
-    checkpointing against without."""
-    family, denoiser, sampler = make(name, lora, checkpointing=True)
+    checkpointing against without; the step that begins in one place for a group, computed once, against each sample's
+    own."""
+    family, denoiser, sampler = make(name, lora, checkpointing=True, shared_start=shared_start)
     perturb(denoiser)
     samples = draw(family, sampler, [0, 2])
+    assert samples.drawn.together == (GROUP if shared_start else 1)
     algo = FlowAlgoConfig(kl_coef=0.5, clip=1e-4)
     assert count(samples) == 5 * 2
     totals = Totals()
@@ -172,8 +176,8 @@ def test_nft_gradient_equals_the_plain_formula():
 
 
 def test_a_window_makes_less_than_half_the_passes_of_full_sampling():
-    """Ten sampling steps, windows at the beginning, which share nothing, and at the end; a backward counted as two
-    passes. Measured: benchmarks/flow.py."""
+    """Ten sampling steps, windows at the beginning and at the end; a backward counted as two passes. Measured:
+    benchmarks/flow.py."""
     family, denoiser, _ = make("sd3")
     model, counted, sums = Guided(family), [], {}
     family.transformer.register_forward_hook(
@@ -189,7 +193,8 @@ def test_a_window_makes_less_than_half_the_passes_of_full_sampling():
         policy_gradient(sampler, denoiser, draw(family, sampler, trained, window), algo, Totals(), first=True)
         sums[preset, iteration] = sum(counted)
         if shared:
-            assert sums[preset, iteration] == 2 * window.start + 6 * (10 - window.start + 3 * 2)
+            together = window.start + 1  # steps that begin in one place for the group
+            assert sums[preset, iteration] == 2 * together + 6 * (10 - together) + 3 * (2 + 6)
     assert sums["flow_grpo", 1] == 6 * (10 + 3 * 9)
     assert max(list(sums.values())[1:]) < sums["flow_grpo", 1] / 2
     assert sums["mix_grpo", 225] < sums["flow_grpo", 1] / 3

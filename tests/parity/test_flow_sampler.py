@@ -156,7 +156,8 @@ def test_a_shared_start_computes_the_prefix_once_and_gives_the_same(family):
     )
     drawn = sampler(embeds, [3, 4], 6, window)
     hook.remove()
-    assert sum(calls) == 2 * (3 * 2 + (STEPS - 3) * 12)  # 2: guidance
+    assert sum(calls) == 2 * (4 * 2 + (STEPS - 4) * 12)  # 2: guidance; 4: the window's first step begins in one place
+    assert drawn.together == 6
     x = start_noise(sampler, [3, 4]).repeat_interleave(6, 0)
     rows = embeds.repeat(6)
     x = sampler.deterministic(x, rows, range(3))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -55,10 +57,7 @@ def load_media_family(config: ModelConfig, seed: int = 0, max_tokens: int | None
         raise RuntimeError("image and video generation needs diffusers: pip install 'longrl[flow]'") from error
     import torch
 
-    from longrl.models.folder import quiet
-
     with quiet():
-        diffusers.utils.logging.disable_progress_bar()
         family, device, dtype = _load(MEDIA_FAMILIES[name]), device_of(config), getattr(torch, config.dtype)
         if path.startswith("tiny:"):
             twin, _, given = path.removeprefix("tiny:").partition("@")
@@ -75,6 +74,26 @@ def load_media_family(config: ModelConfig, seed: int = 0, max_tokens: int | None
                 raise ValueError(f"model.path {path}: cannot be loaded ({why})") from error
     pipe.set_progress_bar_config(disable=True)
     return family(pipe.to(device), max_tokens)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keeps the progress bars and hints of diffusers and transformers off the terminal; what matters of them is
+    raised."""
+    from diffusers.utils import logging
+
+    from longrl.models import folder
+
+    level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with folder.quiet():
+            yield
+    finally:
+        logging.set_verbosity(level)
+        if bar:
+            logging.enable_progress_bar()
 
 
 def _load(where: str) -> Any:

@@ -2,7 +2,8 @@
 the others are deterministic.
 
     steps before the window   deterministic: once for a group that starts from one noise, whatever its size
-    steps of the window       stochastic, recorded
+    steps of the window       stochastic, recorded; the first begins where the group still is in one place, and so its
+                              Gaussian is computed once for the group, here and in training
     steps after it            deterministic
 """
 
@@ -87,16 +88,18 @@ class Sampler:
         """
         each = 1 if self.shared_start else group_size
         starts = [self._noise(generator) for generator in self._generators(seeds, each, "start")]
-        before, after = range(window.start), range(window.stop, len(self.schedule))
-        x = self._each(torch.stack(starts), embeds.repeat(each), before)
-        x, embeds = x.repeat_interleave(group_size // each, 0), embeds.repeat(group_size)
+        before, after, together = range(window.start), range(window.stop, len(self.schedule)), group_size // each
+        x, apart = self._each(torch.stack(starts), embeds.repeat(each), before), embeds.repeat(group_size)
+        mean, std = self._first(x, embeds.repeat(each), window)
+        x, mean = (one.repeat_interleave(together, 0) for one in (x, mean))
         generators = self._generators(seeds, group_size, "noise")
-        parts = []
-        for rows in micro_batches(len(x), self.max_rows):
-            parts.append(self._window(x[rows], embeds[rows], generators[rows], window))
+        parts = [
+            self._window(x[rows], (mean[rows], std), apart[rows], generators[rows], window)
+            for rows in micro_batches(len(x), self.max_rows)
+        ]
         states, logprobs = (torch.cat(part) for part in zip(*parts, strict=True))
-        latents = self._each(states[:, -1], embeds, after)
-        return Trajectory(steps=window, states=states, logprobs=logprobs, latents=latents)
+        latents = self._each(states[:, -1], apart, after)
+        return Trajectory(steps=window, together=together, states=states, logprobs=logprobs, latents=latents)
 
     def gaussian(self, x: Tensor, embeds: TextEmbeds, step: int) -> tuple[Tensor, float]:
         """Mean and standard deviation of what follows x: [N, ...]."""
@@ -116,13 +119,21 @@ class Sampler:
         batches = micro_batches(len(x), self.max_rows)
         return torch.cat([self.deterministic(x[rows], embeds[rows], steps) for rows in batches])
 
+    def _first(self, x: Tensor, embeds: TextEmbeds, window: range) -> tuple[Tensor, float]:
+        """The Gaussian of the window's first step; without a window x, which nobody looks at."""
+        if not window:
+            return x, 0.0
+        parts = [self.gaussian(x[rows], embeds[rows], window.start) for rows in micro_batches(len(x), self.max_rows)]
+        return torch.cat([mean for mean, _ in parts]), parts[0][1]
+
     def _window(
-        self, x: Tensor, embeds: TextEmbeds, generators: Sequence[torch.Generator], window: range
-    ) -> tuple[Tensor, Tensor]:
-        """states [N, K + 1, ...], logprobs [N, K]"""
+        self, x: Tensor, first: tuple[Tensor, float], embeds: TextEmbeds, generators: Sequence[torch.Generator],
+        window: range,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """first: the Gaussian of the first step. Returns states [N, K + 1, ...], logprobs [N, K]."""
         states, logprobs = [x], []
         for step in window:
-            mean, std = self.gaussian(x, embeds, step)
+            mean, std = first if step == window.start else self.gaussian(x, embeds, step)
             x = mean + std * torch.stack([self._noise(generator) for generator in generators])
             logprobs.append(log_density(x, mean, std))
             states.append(x)
