@@ -140,6 +140,9 @@ def _report_run(config: DataRunConfig) -> Iterator[str]:
             yield f"data.{name}: {problem}"
     if isinstance(config, TrainConfig):
         _row("steps", _steps(config, config.rollout if isinstance(config, RlConfig) else None))
+        every = config.checkpoint.every_steps
+        never = "only after the last step: a run that ends before starts over; set checkpoint.every_steps"
+        _row("saved", f"every {every} steps, the newest {config.checkpoint.keep} stay" if every else never)
     if isinstance(config, JudgedConfig):
         yield from _report_rewards(config)
         yield from _report_judge(config)

@@ -250,6 +250,11 @@ def test_check_says_what_bfloat16_needs(longrl, base):
     assert needs not in longrl("check", base, "model.compute_dtype=bfloat16", "algo.max_logprob_diff=0.5").stdout
 
 
+def test_check_says_when_a_run_is_saved(longrl, base):
+    assert "saved      only after the last step: a run that ends before starts over" in longrl("check", base).stdout
+    assert "saved      every 5 steps, the newest 2 stay" in longrl("check", base, "checkpoint.every_steps=5").stdout
+
+
 def test_version(longrl):
     assert longrl("--version").stdout == f"{version('longrl')}\n"
 

@@ -36,7 +36,8 @@ def test_another_configuration_in_the_same_directory_is_refused(tmp_path):
         start_run(other)
     text = str(caught.value)
     assert "steps is 3 there, 4 here (and 3 more)" in text  # and optim.lr, rewards.format, rewards.answer
-    assert "choose another run_dir, or delete" in text
+    assert "choose another run_dir with " in text
+    assert "checkpoints/step_*/model as its model.path to train on, or delete" in text
     assert load_config([tmp_path / "run" / "config.yaml"]) == config
 
 
