@@ -85,3 +85,12 @@ def test_wrong_options_are_refused(check, options, message):
     _, done = check(VIDEO, options=options)
     assert done.returncode == 2
     assert message in done.stderr
+
+
+def test_a_file_that_is_no_text_is_one_line(longrl, tmp_path):
+    path = render(tmp_path / "clip.mp4", [0.0, 0.2])
+    done = longrl("data", "check", path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == (
+        f"longrl: error: {path}: not a text; expected a JSONL file, a JSON list (.json) or a table (.parquet)\n"
+    )

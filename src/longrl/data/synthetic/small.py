@@ -1,4 +1,4 @@
-"""Small sets of questions that one look or one line of thought answers: counting in pictures, sums in words.
+"""Small sets of questions that one look or one line of thought answers: counting in pictures, sums of three numbers.
 
 Rows as those of the long videos: demonstrations of which half guess, questions to reinforce, and others to test.
 """
@@ -24,7 +24,7 @@ from longrl.files import write_whole
 SPLITS = ("train_sft", "train_rl", "test")
 GRID, CELL_PX = 3, 28
 """A picture is GRID x GRID cells: a tiny vision tower makes one token of a cell."""
-COLOURS = ("red", "green", "blue", "yellow")
+COLOURS = ("red", "green", "blue")
 SHAPES = ("circle", "square", "triangle")
 NUM_TERMS, MAX_TERM, MAX_COUNT = 3, 9, 3
 HASTY = "a guess."
@@ -118,7 +118,8 @@ def arithmetic(rng: np.random.Generator) -> tuple[None, list[Item]]:
 
 def counting(rng: np.random.Generator) -> tuple[Image.Image, list[Item]]:
     """How many things of a colour, or of a shape, are in a picture of a few (after CLEVR, arXiv 1612.06890): of every
-    picture, in any order, one question for each count, so that to know how often says nothing."""
+    picture, in any order, one question for each count. There are as many colours as shapes, so a question alone says
+    nothing about its answer."""
     while True:
         cells = sorted(rng.choice(GRID * GRID, size=rng.integers(4, 8), replace=False).tolist())
         things = [(cell, str(rng.choice(COLOURS)), str(rng.choice(SHAPES))) for cell in cells]
@@ -127,26 +128,16 @@ def counting(rng: np.random.Generator) -> tuple[Image.Image, list[Item]]:
         if all(asked):
             break
     order = rng.permutation(MAX_COUNT + 1).tolist()
-    return _draw(things, rng), [_count(str(rng.choice(asked[n])), n, things) for n in order]
+    return _draw(things, rng), [_count(str(rng.choice(asked[n])), n) for n in order]
 
 
-def _count(asked: str, answer: int, things: list[tuple[int, str, str]]) -> Item:
+def _count(asked: str, answer: int) -> Item:
     by_colour = asked in COLOURS
-    import os
-
-    if os.environ.get("VARIANT") == "list":
-        seen, found = list[str](), 0
-        for _, colour, shape in things:
-            found += asked in (colour, shape)
-            seen.append((colour if by_colour else shape) + f" {found}" * (asked in (colour, shape)))
-        careful = f"{', '.join(seen)}: {answer}"
-    else:
-        careful = f"of {asked} i see {answer}"
     return Item(
         text=f"how many {asked} things are there?" if by_colour else f"how many {asked}s are there?",
         answer=answer,
         guesses=MAX_COUNT + 1,
-        careful=careful,
+        careful=f"of {asked} i see {answer}",
         category="colour" if by_colour else "shape",
     )
 
