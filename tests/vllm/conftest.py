@@ -1,13 +1,12 @@
-"""The CPU build of torch has no operators of torchvision's, whose import declares more about them: they are never called."""
+"""What the CPU build of vLLM needs around it; see site/sitecustomize.py."""
 
 from __future__ import annotations
 
 import os
+import runpy
+from pathlib import Path
 
-import torch
-
-os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-_TORCHVISION = torch.library.Library("torchvision", "FRAGMENT")
-_TORCHVISION.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-_TORCHVISION.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+SITE = str(Path(__file__).parent / "site")
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (SITE, os.environ.get("PYTHONPATH"))))
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
+KEPT = runpy.run_path(str(Path(SITE, "sitecustomize.py")), run_name="sitecustomize")

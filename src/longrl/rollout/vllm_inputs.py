@@ -1,8 +1,8 @@
 """Prompts as vLLM's engine takes them: embeddings of the cache, not pixels, at their placeholders.
 
-    no media                  token ids
-    positions of one axis     token ids, and a row for each token that is none           (VILA: prompt_embeds)
-    positions of three axes   token ids, and media, of which vLLM computes the positions (Qwen2.5-VL, Qwen3-VL)
+no media                  token ids
+positions of one axis     token ids, and a row for each token that is none           (VILA: prompt_embeds)
+positions of three axes   token ids, and media, of which vLLM computes the positions (Qwen2.5-VL, Qwen3-VL)
 """
 
 from __future__ import annotations
