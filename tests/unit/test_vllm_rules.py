@@ -157,8 +157,10 @@ def test_rows_fill_placeholders_and_the_model_looks_up_the_rest():
 def test_weights_are_the_decoders_under_hugging_face_names():
     for family, first in ((Vila.tiny(0, torch.float32), "model."), (Qwen25VL.tiny(0, torch.float32), "model.language")):
         given = dict(decoder_weights(Policy(family)))
-        assert all(name.startswith(first) for name in given)  # the head is the embedding: it comes once
+        head = given.pop("lm_head.weight")  # which is the embedding
+        assert all(name.startswith(first) for name in given)
         assert len(given) == len(list(Policy(family).trunk.parameters()))
+        assert any(head.data_ptr() == x.data_ptr() for x in given.values())
         assert all(x.requires_grad is False for x in given.values())
 
 

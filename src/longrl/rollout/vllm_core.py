@@ -20,7 +20,7 @@ from longrl.parallel.ranks import Ranks
 from longrl.policy import Policy
 from longrl.rollout.vllm_inputs import engine_input
 from longrl.rollout.vllm_rules import installed, lora_room, max_model_len, require_version
-from longrl.rollout.vllm_weights import decoder_weights, save_adapters
+from longrl.rollout.vllm_weights import decoder_weights, save_adapters, untie
 from longrl.types import Prompt
 
 log = logging.getLogger(__name__)
@@ -61,6 +61,7 @@ class Vllm:
         """Of the weights; None: there are none yet."""
         self.folder = tempfile.TemporaryDirectory(prefix="longrl-vllm-")
         family.describe(Path(self.folder.name, "model"))
+        untie(Path(self.folder.name, "model", "config.json"))
         self.llm = _start(self._arguments(config, name, policy))
         self.room: int = self.llm.llm_engine.model_config.max_model_len
         self._asleep, self._adapter, self._count = False, None, 0
@@ -104,7 +105,8 @@ class Vllm:
             self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": decoder_weights(policy)})
         if self.lora:
             self._load_adapters(policy)
-        for reset in (self.llm.reset_prefix_cache, self.llm.reset_mm_cache, self.llm.reset_encoder_cache):
+        engine = self.llm.llm_engine
+        for reset in (engine.reset_prefix_cache, engine.reset_mm_cache, engine.reset_encoder_cache):
             reset()
         self.version = policy.version
 

@@ -50,7 +50,7 @@ def refusal(config: RlConfig, shape: ModelShape | None) -> str | None:
         shape: of the model; None: not known.
     """
     if shape is not None and shape.audio is not None:
-        return "the model hears, and vLLM gives what it hears other positions than the trainer; set it to native"
+        return "the model hears, and vLLM takes no embeddings of sound, only its features; set it to native"
     if config.parallel.sp == "auto":
         return "parallel.sp is auto, but its processes are laid out once; set parallel.sp to a number"
     if config.model.dtype == "float64" and config.rollout.vllm.dtype is None:
