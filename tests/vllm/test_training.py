@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 
 from longrl.config import RlConfig
+from longrl.config_files import save_config
 from longrl.report.metrics import read_metrics
 from longrl.train_rl import train_rl
+from tests.distributed.test_torchrun import torchrun
 from tests.e2e.conftest import dataset as dataset
 from tests.e2e.conftest import rl_config
 
@@ -87,3 +89,20 @@ def test_shuffled_and_greedy_rollouts_and_refills_come_from_the_same_engine(data
         lines = run(rl_config(dataset, folder, **settings))
         assert [line["step"] for line in lines] == [1, 2]
         assert all(line["sampling/logprob_diff"] <= BOUND for line in lines)
+
+
+@pytest.mark.parametrize("parallel", [{}, {"sp": 2, "shard": True}], ids=["dp 2", "sp 2, sharded"])
+def test_two_processes_draw_what_one_does(parallel, dataset, tmp_path, root):
+    """An engine each, or one of both. Other sums round otherwise, and a draw at the edge may fall on the other side."""
+    settings = {**LEARNING, "steps": 2, "model": {"path": "tiny:qwen2_5_vl"}}
+    alone = run(rl_config(dataset, tmp_path, **settings))
+    config = rl_config(dataset, tmp_path, **settings, parallel=parallel)
+    config = config.model_copy(update={"run_dir": str(tmp_path / "two")})
+    save_config(config, tmp_path / "two.yaml")
+    done = torchrun(root, "rl", tmp_path / "two.yaml")
+    assert done.returncode == 0, done.stderr
+    lines = read_metrics(tmp_path / "two" / "metrics.jsonl")
+    for ours, theirs in zip(lines, alone, strict=True):
+        assert ours["reward/mean"] == pytest.approx(theirs["reward/mean"], abs=0.05)
+        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=0.1)
+        assert ours["sampling/logprob_diff"] <= BOUND
