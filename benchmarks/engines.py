@@ -2,10 +2,10 @@
 
     .venv-vllm/bin/python benchmarks/engines.py > docs/engines.jsonl      (after make test-vllm)
 
-A text twin with random weights, fp32, one thread; every response has its full length. Seconds of the
-processor, of a step up to the update: of the built-in engine prefill and decoding; of vLLM drawing, prefill included, the prefixes that the update
-must then compute (the built-in engine hands over its own), and new weights. The engines take turns, and each one's
-fastest run counts. Prints JSON.
+A text twin with random weights, fp32, one thread; every response has its full length. Seconds of the processor, of a
+step up to the update: of the built-in engine prefill and decoding; of vLLM drawing, prefill included, the prefixes that
+the update must then compute (the built-in engine hands over its own), and new weights. Other work on the machine only
+adds: the engines take turns, and each one's fastest run counts. Prints JSON.
 """
 
 from __future__ import annotations

@@ -17,7 +17,15 @@ from longrl.plan.shapes import shape_of
 from longrl.policy import Policy
 from longrl.rollout import vllm_rules
 from longrl.rollout.vllm_inputs import media_items, media_rows
-from longrl.rollout.vllm_rules import choose_engine, lora_room, max_model_len, refusal, require_room, require_version
+from longrl.rollout.vllm_rules import (
+    choose_engine,
+    lora_room,
+    max_model_len,
+    refusal,
+    require_media_room,
+    require_room,
+    require_version,
+)
 from longrl.rollout.vllm_weights import decoder_weights, save_adapters
 from tests.parity.test_shared_prefix import make_prompts
 
@@ -94,6 +102,16 @@ def test_room_is_computed_or_refused_with_arithmetic():
         ValueError, match=r"example q: 76 prompt tokens \+ 24 new ones .* = 100, but vLLM has room for 99"
     ):
         require_room("q", 76, 24, 99)
+
+
+def test_a_clip_for_which_there_is_no_room_is_refused():
+    require_media_room("q", [5, 9], 9)
+    require_media_room("q", [5, 9], 0)  # VILA's stand in the prompt
+    require_media_room("q", [], 9)
+    with pytest.raises(
+        ValueError, match=r"example q: a clip of 10 embeddings, but vLLM has room for 9; set data.max_p"
+    ):
+        require_media_room("q", [5, 10], 9)
 
 
 def test_adapters_get_the_least_room_that_holds_them():

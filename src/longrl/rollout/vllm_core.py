@@ -25,6 +25,8 @@ from longrl.types import Prompt
 
 log = logging.getLogger(__name__)
 
+BATCHED_TOKENS = 8192
+"""Tokens that are prefilled at a time, at least."""
 CPU_BLOCK_TOKENS = 32
 """Tokens of keys and values that are shared or not shared as one: what the CPU's kernels take."""
 
@@ -64,7 +66,10 @@ class Vllm:
         untie(Path(self.folder.name, "model", "config.json"))
         self.llm = _start(self._arguments(config, name, policy))
         self.room: int = self.llm.llm_engine.model_config.max_model_len
-        self._asleep, self._adapter, self._count = False, None, 0
+        self.media_room: int = self.llm.llm_engine.input_processor.mm_encoder_cache_size
+        """Rows of one clip; 0: it takes no media apart from the prompt."""
+        self._asleep: set[str] = set()
+        self._adapter, self._count = None, 0
 
     def _arguments(self, config: RlConfig, dtype: str, policy: Policy) -> dict[str, Any]:
         asked, lora = config.rollout.vllm, config.model.lora
@@ -89,6 +94,8 @@ class Vllm:
             given["enable_prompt_embeds"] = True
         elif policy.family.placeholders:
             given |= {"enable_mm_embeds": True, "skip_mm_profiling": True, "mm_processor_cache_gb": 0}
+            if (longest := config.data.max_prompt_tokens) is not None:
+                given["max_num_batched_tokens"] = max(BATCHED_TOKENS, longest)  # then a clip of any length has room
         if lora:
             given |= {"enable_lora": True, "max_lora_rank": lora_room(lora.rank), "max_loras": 1}
         if self.ranks.size > 1:
@@ -100,7 +107,7 @@ class Vllm:
 
     def load(self, policy: Policy) -> None:
         """Takes over the policy's weights, of adapters the adapters alone after the first time. All ranks call it."""
-        self._wake()
+        self._wake("weights")
         if self.version is None or not self.lora:
             self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": decoder_weights(policy)})
         if self.lora:
@@ -132,7 +139,7 @@ class Vllm:
         from vllm import SamplingParams  # pyright: ignore[reportMissingImports]
 
         assert self.version is not None, "vLLM was asked before it had weights"
-        self._wake()
+        self._wake("weights", "kv_cache")
         engine = self.llm.llm_engine
         for i, (prompt, ones) in enumerate(zip(prompts, seeds, strict=True)):
             given = engine_input(prompt, self.model_type, self.width, self.dtype)  # one copy for the group
@@ -154,7 +161,7 @@ class Vllm:
                     found[output.request_id] = _drawn(output.outputs[0], self.version)
         if self.sleeps:
             self.llm.sleep(level=1)
-            self._asleep = True
+            self._asleep = {"weights", "kv_cache"}
         return [[found[f"{i}/{k}"] for k in range(len(ones))] for i, ones in enumerate(seeds)]
 
     def prefix_hits(self) -> tuple[int, int]:
@@ -166,10 +173,10 @@ class Vllm:
         self.llm.llm_engine.engine_core.shutdown()
         self.folder.cleanup()
 
-    def _wake(self) -> None:
-        if self._asleep:
-            self.llm.wake_up()
-            self._asleep = False
+    def _wake(self, *parts: str) -> None:
+        if waking := self._asleep.intersection(parts):
+            self.llm.wake_up(tags=sorted(waking))
+            self._asleep -= waking
 
 
 def _start(arguments: dict[str, Any]) -> Any:
