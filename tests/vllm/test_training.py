@@ -19,12 +19,13 @@ from tests.e2e.conftest import rl_config
 pytestmark = pytest.mark.vllm
 
 BOUND = 1e-3
-ROLLOUT = {"engine": "vllm", "group_size": 8, "max_new_tokens": 4}
+ROLLOUT = {"engine": "vllm", "group_size": 8, "max_new_tokens": 2}
 LEARNING = {
-    "steps": 8,
+    "steps": 12,
+    "prompts_per_step": 8,
     "rollout": ROLLOUT,
     "rewards": {"tests.e2e.rewards:first_token_even": 1.0},
-    "optim": {"lr": 3e-3},
+    "optim": {"lr": 5e-3},
     "algo": {"max_logprob_diff": BOUND},
 }
 
@@ -43,7 +44,7 @@ def texts(tmp_path: Path) -> dict[str, Any]:
 def check_learned(lines: list[dict[str, Any]]) -> None:
     """Half of all tokens are even: the reward begins near 0.5."""
     rewards = [line["reward/mean"] for line in lines]
-    assert sum(rewards[-2:]) / 2 > sum(rewards[:2]) / 2 + 0.2
+    assert sum(rewards[-3:]) / 3 > sum(rewards[:3]) / 3 + 0.15
     assert all(0 < line["sampling/logprob_diff"] <= BOUND for line in lines)
 
 
@@ -99,7 +100,7 @@ def test_two_processes_draw_what_one_does(parallel, dataset, tmp_path, root):
     config = rl_config(dataset, tmp_path, **settings, parallel=parallel)
     config = config.model_copy(update={"run_dir": str(tmp_path / "two")})
     save_config(config, tmp_path / "two.yaml")
-    done = torchrun(root, "rl", tmp_path / "two.yaml")
+    done = torchrun(root, "rl", tmp_path / "two.yaml", timeout_s=280)
     assert done.returncode == 0, done.stderr
     lines = read_metrics(tmp_path / "two" / "metrics.jsonl")
     for ours, theirs in zip(lines, alone, strict=True):
