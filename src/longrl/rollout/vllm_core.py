@@ -31,6 +31,14 @@ CPU_BLOCK_TOKENS = 32
 """Tokens of keys and values that are shared or not shared as one: what the CPU's kernels take."""
 
 
+QUIET = {
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_LOGGING_STREAM": "ext://sys.stderr",
+}
+"""Set in the environment, unless they are there."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Drawn:
     """A sampled response."""
@@ -184,7 +192,8 @@ def _start(arguments: dict[str, Any]) -> Any:
     Raises:
         RuntimeError: it does not start.
     """
-    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # weights are handed over in memory
     set_num_threads = torch.set_num_threads
     try:
