@@ -42,7 +42,7 @@ def main() -> None:
         {"run_dir": "run", "model": {"path": "tiny:qwen2"}, "steps": 1, "rollout": {"engine": "vllm", **sampling}}
     )
     family = load_family(config.model)
-    family.model.generation_config.eos_token_id = [-1]  # pyright: ignore (nothing ends a response early)
+    family.model.generation_config.eos_token_id = []  # pyright: ignore (nothing ends a response early)
     policy = Policy(family)
     vllm = start_vllm(config, policy, lambda _: nullcontext(), ALONE, greedy=False)
     native = NativeEngine(policy, config.rollout)

@@ -138,6 +138,14 @@ def check_greedy(both: Both, groups: list[Group]) -> None:
         assert ours.greedy.text == theirs.greedy.text
 
 
+def test_prompts_that_are_more_than_a_batch_are_not_cut(both):
+    """vLLM prefills 4,096 tokens at a time, and cannot cut a seeded request there on a CPU."""
+    rest = torch.randint(8, 256, (3000,), generator=torch.Generator().manual_seed(2)).tolist()
+    prompts = [prompt.followed_by(rest[i:]) for i, prompt in enumerate(both.prompts)]
+    longer = replace(both, prompts=prompts)
+    assert farthest(longer, longer.ask(longer.vllm)) < BOUND
+
+
 def test_an_engine_of_the_same_weights_samples_otherwise(both):
     few = both.vllm.resampled(both.config.rollout.model_copy(update={"group_size": 2, "max_new_tokens": 3}))
     for group in both.ask(few):

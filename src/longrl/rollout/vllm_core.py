@@ -97,12 +97,13 @@ class Vllm:
             "enable_sleep_mode": self.sleeps,
         }
         if not self.on_gpu:
-            given["block_size"] = CPU_BLOCK_TOKENS
+            # a seeded request whose prefill is cut would have its generator set back, which the CPU's cannot be
+            given |= {"block_size": CPU_BLOCK_TOKENS, "enable_chunked_prefill": False}
         if policy.family.placeholders and policy.family.decoder_prefix:
             given["enable_prompt_embeds"] = True
         elif policy.family.placeholders:
             given |= {"enable_mm_embeds": True, "skip_mm_profiling": True, "mm_processor_cache_gb": 0}
-            if (longest := config.data.max_prompt_tokens) is not None:
+            if self.on_gpu and (longest := config.data.max_prompt_tokens) is not None:
                 given["max_num_batched_tokens"] = max(BATCHED_TOKENS, longest)  # then a clip of any length has room
         if lora:
             given |= {"enable_lora": True, "max_lora_rank": lora_room(lora.rank), "max_loras": 1}
