@@ -35,6 +35,7 @@ from longrl.plan.plan import make_plan
 from longrl.plan.shapes import known_source, shape_of
 from longrl.plan.text import plan_lines, refusal
 from longrl.registry import require_name
+from longrl.rollout.vllm_rules import choose_engine
 from longrl.runtime import rank_and_size
 from longrl.scoring_config import REWARD_NAMES
 
@@ -155,6 +156,11 @@ def _report_run(config: DataRunConfig) -> Iterator[str]:
             _row(
                 "", f"in bfloat16 engine and trainer log-probs round differently, and {stops}: set it to {BF16_DIFF:g}"
             )
+        try:
+            _row("engine", ": ".join(choose_engine(config)))
+        except (ValueError, RuntimeError) as error:
+            _row("engine", config.rollout.engine, str(error))
+            yield str(error)
 
 
 def _files(config: DataRunConfig) -> Iterator[tuple[str, str | None, str | None]]:

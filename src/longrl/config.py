@@ -14,6 +14,8 @@ from longrl.algo_config import AlgorithmConfig, require_answerable
 from longrl.judge_config import JudgeConfig
 from longrl.model_config import LoraConfig as LoraConfig
 from longrl.model_config import ModelConfig, Section
+from longrl.rollout_config import RolloutConfig as RolloutConfig
+from longrl.rollout_config import VllmConfig as VllmConfig
 from longrl.scoring_config import REWARD_PRESETS, Weights
 from longrl.scoring_config import ScoringConfig as ScoringConfig
 
@@ -73,23 +75,6 @@ class OptimConfig(Section):
     warmup_steps: Annotated[int, Field(ge=0)] = 0
     min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Where the schedule ends, as a part of lr."""
-
-
-class RolloutConfig(Section):
-    group_size: Annotated[int, Field(ge=1)] = 8
-    """Rollouts of each prompt."""
-    max_new_tokens: Annotated[int, Field(ge=1)] = 2048
-    """Longest response; what is longer ends there, with finish reason `length`."""
-    temperature: Annotated[float, Field(ge=0)] = 1.0
-    """0: always the likeliest token."""
-    top_k: Annotated[int, Field(ge=1)] | None = None
-    """Draw from so many likeliest tokens; null: from all. Like top_p not for training, which scores all tokens."""
-    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Draw from the likeliest tokens (of top_k) that together have this probability."""
-    max_streams: Annotated[int, Field(ge=1)] = 128
-    """Rollouts decoded side by side, rounded to whole groups; more questions take turns."""
-    prompts_in_flight: Annotated[int, Field(ge=1)] = 1
-    """Videos (or prompts without one) whose keys and values are in memory at once, to be decoded side by side."""
 
 
 class EvalConfig(Section):

@@ -120,6 +120,19 @@ def whole(tensors: Mapping[str, Tensor], keep: bool, folder: Path | None = None)
     return {} if not keep else {name: full[id(tensor)] for name, tensor in tensors.items()}
 
 
+def each_whole(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Sharded tensors in full, where they are computed with, gathered when it is their turn and not kept; every rank of
+    their group goes through all of them. What is there twice (tied weights) comes once."""
+    seen: set[int] = set()
+    for name, tensor in tensors.items():
+        if id(tensor) in seen:
+            continue
+        seen.add(id(tensor))
+        if isinstance(tensor, DTensor) and tensor.device_mesh.size() > 1:
+            tensor = tensor.full_tensor()
+        yield name, local(tensor).detach()
+
+
 def _in_file(x: Tensor, path: Path) -> Tensor:
     x.cpu().flatten().view(torch.uint8).numpy().tofile(path)
     return torch.from_file(str(path), shared=False, size=x.numel(), dtype=x.dtype).view(x.shape)
