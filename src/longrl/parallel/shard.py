@@ -95,6 +95,12 @@ def local(x: Tensor) -> Tensor:
     return x.to_local() if isinstance(x, DTensor) else x
 
 
+def one_by_one(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Tensors in full where they are, one gathered after the other; every rank of their group goes through all."""
+    for name, tensor in tensors.items():
+        yield name, (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach()
+
+
 def whole(tensors: Mapping[str, Tensor], keep: bool, folder: Path | None = None) -> dict[str, Tensor]:
     """Sharded tensors in full, gathered one after the other; every rank of their group calls it.
 
