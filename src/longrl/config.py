@@ -75,7 +75,27 @@ class OptimConfig(Section):
     """Where the schedule ends, as a part of lr."""
 
 
+class VllmConfig(Section):
+    """What vLLM is started with, where it draws the rollouts (docs/engines.md)."""
+
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """Of its weights, keys and values; null: what the policy computes in."""
+    max_model_len: Annotated[int, Field(ge=2)] | None = None
+    """Longest prompt with its response; null: the plan's longest prompt, or data.max_prompt_tokens, with
+    max_new_tokens."""
+    gpu_memory_utilization: Annotated[float, Field(gt=0, lt=1)] = 0.4
+    """Share of each GPU's memory that it takes, weights included; the trainer has the rest."""
+    sleep: bool = True
+    """On a GPU give that memory back while the policy is updated."""
+    enforce_eager: bool = False
+    """On a GPU start faster and decode slower, without CUDA graphs."""
+
+
 class RolloutConfig(Section):
+    engine: Literal["native", "vllm", "auto"] = "native"
+    """What draws them in training: the built-in engine, vLLM (`pip install 'longrl[vllm]'`), or whichever a rule names
+    (docs/engines.md)."""
+    vllm: VllmConfig = VllmConfig()
     group_size: Annotated[int, Field(ge=1)] = 8
     """Rollouts of each prompt."""
     max_new_tokens: Annotated[int, Field(ge=1)] = 2048

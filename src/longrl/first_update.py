@@ -21,7 +21,7 @@ from longrl.evals.controls import shuffled
 from longrl.policy import Policy
 from longrl.registry import resolve
 from longrl.rewards.compose import Rewards
-from longrl.rollout.native import NativeEngine
+from longrl.rollout.engine import Engine
 from longrl.runtime import seed_for
 from longrl.scoring import Scoring
 from longrl.totals import Totals
@@ -54,8 +54,8 @@ class FirstUpdate:
 
     def __init__(
         self,
-        engine: NativeEngine,
-        with_shuffled: NativeEngine | None,
+        engine: Engine,
+        with_shuffled: Engine | None,
         reference: Policy | None,
         rewards: Rewards,
         config: RlConfig,
@@ -109,7 +109,7 @@ class FirstUpdate:
         part.totals.add(self.rewards.take())
         return part
 
-    def _roll_shuffled(self, engine: NativeEngine, score: Scoring, step: int, share: Share) -> None:
+    def _roll_shuffled(self, engine: Engine, score: Scoring, step: int, share: Share) -> None:
         """Only of prompts with a video. Those about the same one see the same order, and so share a prefix."""
         seeds, names = self._seeds("shuffled", step, share), (self.config.runtime.seed, step)
         media = [tuple(shuffled(one, *names) for one in prompt.media) for prompt in share.prompts]
@@ -122,7 +122,8 @@ class FirstUpdate:
             examples, prompts, seeds = zip(*chosen, strict=True)
             with torch.no_grad():
                 for groups, prefix in engine.rollout(examples, prompts, seeds):
-                    prefix.release()
+                    if prefix is not None:
+                        prefix.release()
                     score.compare_with(groups)
 
     def _compare_all(self, parts: Sequence[Part]) -> None:

@@ -83,7 +83,7 @@ class Scoring:
             self.ranks.once(self._begin_shuffled, groups)
 
     def __call__(
-        self, cohorts: Iterable[tuple[Sequence[Group], Prefix]]
+        self, cohorts: Iterable[tuple[Sequence[Group], Prefix | None]]
     ) -> Iterator[tuple[Sequence[Group], list[list[Scored]], Prefix | None]]:
         """Yields what is to be trained of each cohort, with rewards and, if their scope is a group, advantages.
 
@@ -100,13 +100,13 @@ class Scoring:
             with self.time("reward"):
                 judged = self.ranks.once(self._judge, groups)
             if judged is None or self.advantage.scope == "batch":
-                prefix.release()
+                _release(prefix)
                 late.append((groups, judged))
                 continue
             if kept := self._compare(groups, judged):
                 yield *kept, prefix
             else:
-                prefix.release()
+                _release(prefix)
         for groups, judged in late:
             if judged is None:
                 with self.time("reward"):
@@ -177,6 +177,11 @@ class Scoring:
                 for ones, values in zip(scored, penalties, strict=True)
             ]
         return scored
+
+
+def _release(prefix: Prefix | None) -> None:
+    if prefix is not None:
+        prefix.release()
 
 
 def _unscored(scored: Sequence[Scored]) -> list[Scored]:

@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from longrl.parallel.ranks import ALONE, Ranks
 from longrl.policy import load_reference
 from longrl.registry import resolve
 from longrl.rewards.compose import build_rewards
-from longrl.rollout.native import NativeEngine
+from longrl.rollout.engine import build_engine
 from longrl.totals import Totals
 from longrl.training import Training
 from longrl.types import Example
@@ -57,12 +58,14 @@ def train_rl(config: RlConfig, ranks: Ranks = ALONE) -> Path:
     policy, updates = training.policy, config.algo.updates_per_batch
     reference = load_reference(policy, config, ranks)
 
-    with training.metrics() as metrics, training.progress("rl") as progress:
-        engine = NativeEngine(policy, config.rollout, metrics.time, greedy=advantage.greedy)
+    with (
+        training.metrics() as metrics,
+        training.progress("rl") as progress,
+        closing(build_engine(config, policy, metrics.time, ranks, greedy=advantage.greedy)) as engine,
+    ):
         with_shuffled = None
         if count := config.algo.shuffled_rollouts:
-            sampling = config.rollout.model_copy(update={"group_size": count})
-            with_shuffled = NativeEngine(policy, sampling, metrics.time)
+            with_shuffled = engine.resampled(config.rollout.model_copy(update={"group_size": count}))
         first_update = FirstUpdate(engine, with_shuffled, reference, rewards, config)
         for step in training.steps_left():
             with metrics.step(step):
@@ -81,6 +84,7 @@ def train_rl(config: RlConfig, ranks: Ranks = ALONE) -> Path:
                     with metrics.time("optimizer"):
                         more, lr = training.update(step, count, batch.ids)
                         norm += more
+                engine.update_weights()
                 totals = Totals.sum(gather(parts, lambda part: part.totals))
                 for name, value in (totals.metrics(updates) | {"grad_norm": norm / updates, "lr": lr}).items():
                     metrics.log(name, value)

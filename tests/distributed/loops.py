@@ -29,6 +29,7 @@ from longrl.evals.runner import run_eval
 from longrl.parallel.ranks import Ranks, make_ranks
 from longrl.parallel.shard import local
 from longrl.policy import Policy
+from longrl.rollout import engine as engine_module
 from longrl.rollout.native import NativeEngine
 from longrl.stopping import Stopped, listen
 from longrl.train_rl import train_rl
@@ -176,7 +177,7 @@ class Kept(Training):
 
 
 def watch() -> None:
-    train_rl_module.NativeEngine, train_rl_module.Training, train_sft_module.Training = Engine, Kept, Kept  # pyright: ignore
+    engine_module.NativeEngine, train_rl_module.Training, train_sft_module.Training = Engine, Kept, Kept  # pyright: ignore
 
 
 def run_job(

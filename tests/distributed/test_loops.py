@@ -47,7 +47,7 @@ def found(dataset, tmp_path_factory) -> Found:
     with pytest.MonkeyPatch.context() as patch:
         for module in (loops.train_rl_module, loops.train_sft_module):
             patch.setattr(module, "Training", loops.Kept)
-        patch.setattr(loops.train_rl_module, "NativeEngine", loops.Engine)
+        patch.setattr(loops.engine_module, "NativeEngine", loops.Engine)
         for job in JOBS:
             alone[job] = loops.run_job(job, folder / "alone", rows, ALONE, Layout(1, 1))
             if job == "recorded":

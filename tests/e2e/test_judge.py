@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 
-from longrl import train_rl as train_rl_module
 from longrl.config import EvalRunConfig, RlConfig
 from longrl.config_files import load_config
 from longrl.evals import runner
 from longrl.evals.runner import run_eval
 from longrl.report.metrics import read_metrics
+from longrl.rollout import engine as engine_module
 from longrl.rollout.native import NativeEngine
 from longrl.train_rl import train_rl
 from longrl.types import Prefix, Prompt, Rollout
@@ -62,7 +62,7 @@ def judged(server: JudgeServer, tmp_path: Path, **limits: Any) -> dict[str, Any]
 
 
 def test_a_judged_run_learns_its_costs_and_keeps_its_key(dataset, tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(train_rl_module, "NativeEngine", Answering)
+    monkeypatch.setattr(engine_module, "NativeEngine", Answering)
     monkeypatch.setattr(runner, "NativeEngine", Answering)
     monkeypatch.setenv("A_KEY", SECRET)
     for name in ("longrl", "openai", "httpx2", "httpcore2"):
@@ -138,7 +138,7 @@ def test_a_run_without_a_judge_does_not_begin(dataset, tmp_path, monkeypatch, pr
 
 
 def test_a_judge_may_move_and_change_its_limits_when_a_run_is_taken_up(dataset, tmp_path, monkeypatch):
-    monkeypatch.setattr(train_rl_module, "NativeEngine", Answering)
+    monkeypatch.setattr(engine_module, "NativeEngine", Answering)
     monkeypatch.setenv("A_KEY", SECRET)
     with JudgeServer() as server:
         train_rl(rl_config(dataset, tmp_path, steps=1, **judged(server, tmp_path)))

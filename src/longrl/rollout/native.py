@@ -76,6 +76,15 @@ class NativeEngine:
         greedy = rollouts[count] if self.greedy else None
         return Group(id=example.id, example=example, prompt=prompt, rollouts=tuple(rollouts[:count]), greedy=greedy)
 
+    def resampled(self, config: RolloutConfig) -> NativeEngine:
+        return type(self)(self.policy, config, self.time)
+
+    def update_weights(self) -> None:
+        """They are the policy's own."""
+
+    def close(self) -> None:
+        """There is nothing to end."""
+
     def continue_prefix(self, prefix: Prefix, prompts: Sequence[Prompt], seeds: Sequence[int]) -> list[list[Rollout]]:
         """The rollouts of prompts that continue a prefix computed before, which stays."""
         with self.time("decode"), self.policy.gathered():

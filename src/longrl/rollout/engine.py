@@ -1,0 +1,69 @@
+"""The seam between training and what draws its rollouts: which engine, and what the loop asks of any."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from typing import Protocol
+
+from longrl.config import RlConfig, RolloutConfig
+from longrl.parallel.ranks import ALONE, Ranks
+from longrl.policy import Policy
+from longrl.rollout.native import NativeEngine
+from longrl.types import Example, Group, Prefix, Prompt
+
+log = logging.getLogger(__name__)
+
+Timer = Callable[[str], AbstractContextManager[None]]
+"""Called with the name of a part ("prefill", "decode"), gives the context it is run in."""
+
+
+class Engine(Protocol):
+    """Draws groups of rollouts. Ranks that share prompts make the same calls and get the same rollouts."""
+
+    policy: Policy
+    time: Timer
+
+    def rollout(
+        self, examples: Sequence[Example], prompts: Sequence[Prompt], seeds: Sequence[int]
+    ) -> Iterator[tuple[tuple[Group, ...], Prefix | None]]:
+        """Yields the groups of each cohort (prompts about the same media) as it finishes.
+
+        With the prefix that the cohort shares, where the engine has one that the update can use, and the caller
+        releases; None: the update computes its own.
+
+        Args:
+            seeds: one per example; what is drawn depends on it, and on the place in the group.
+
+        Raises:
+            RuntimeError: the engine's weights are not the policy's.
+        """
+        ...
+
+    def resampled(self, config: RolloutConfig) -> Engine:
+        """An engine of the same weights that samples otherwise; closed with this one."""
+        ...
+
+    def update_weights(self) -> None:
+        """Called after the updates of each step: from now on rollouts are drawn from the policy as it is."""
+        ...
+
+    def close(self) -> None:
+        """Called once, after the last step or an error."""
+        ...
+
+
+def build_engine(
+    config: RlConfig, policy: Policy, time: Timer, ranks: Ranks = ALONE, *, greedy: bool = False
+) -> Engine:
+    """
+    Args:
+        ranks: the policy's.
+        greedy: beside the rollouts of each prompt decode one of the likeliest tokens (`Group.greedy`).
+
+    Raises:
+        ValueError: the engine asked for cannot do what the configuration needs.
+        RuntimeError: it is not installed, or does not start.
+    """
+    return NativeEngine(policy, config.rollout, time, greedy=greedy)
