@@ -14,6 +14,8 @@ from longrl.algo_config import AlgorithmConfig, require_answerable
 from longrl.judge_config import JudgeConfig
 from longrl.model_config import LoraConfig as LoraConfig
 from longrl.model_config import ModelConfig, Section
+from longrl.rollout_config import RolloutConfig as RolloutConfig
+from longrl.rollout_config import require_ahead
 from longrl.scoring_config import REWARD_PRESETS, Weights
 from longrl.scoring_config import ScoringConfig as ScoringConfig
 
@@ -73,43 +75,6 @@ class OptimConfig(Section):
     warmup_steps: Annotated[int, Field(ge=0)] = 0
     min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Where the schedule ends, as a part of lr."""
-
-
-class VllmConfig(Section):
-    """What vLLM is started with, where it draws the rollouts (docs/engines.md)."""
-
-    dtype: Literal["float32", "bfloat16"] | None = None
-    """Of its weights, keys and values; null: what the policy computes in."""
-    max_model_len: Annotated[int, Field(ge=2)] | None = None
-    """Longest prompt with its response; null: the plan's longest prompt, or data.max_prompt_tokens, with
-    max_new_tokens."""
-    gpu_memory_utilization: Annotated[float, Field(gt=0, lt=1)] = 0.4
-    """Share of each GPU's memory that it takes, weights included; the trainer has the rest."""
-    sleep: bool = True
-    """On a GPU give that memory back while the policy is updated."""
-    enforce_eager: bool = False
-    """On a GPU start faster and decode slower, without CUDA graphs."""
-
-
-class RolloutConfig(Section):
-    engine: Literal["native", "vllm", "auto"] = "native"
-    """What draws them in training: the built-in engine, vLLM (`pip install 'longrl[vllm]'`), or whichever a rule names
-    (docs/engines.md)."""
-    vllm: VllmConfig = VllmConfig()
-    group_size: Annotated[int, Field(ge=1)] = 8
-    """Rollouts of each prompt."""
-    max_new_tokens: Annotated[int, Field(ge=1)] = 2048
-    """Longest response; what is longer ends there, with finish reason `length`."""
-    temperature: Annotated[float, Field(ge=0)] = 1.0
-    """0: always the likeliest token."""
-    top_k: Annotated[int, Field(ge=1)] | None = None
-    """Draw from so many likeliest tokens; null: from all. Like top_p not for training, which scores all tokens."""
-    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Draw from the likeliest tokens (of top_k) that together have this probability."""
-    max_streams: Annotated[int, Field(ge=1)] = 128
-    """Rollouts decoded side by side, rounded to whole groups; more questions take turns."""
-    prompts_in_flight: Annotated[int, Field(ge=1)] = 1
-    """Videos (or prompts without one) whose keys and values are in memory at once, to be decoded side by side."""
 
 
 class EvalConfig(Section):
@@ -221,6 +186,12 @@ class AnswerConfig(Section):
     scoring: ScoringConfig = ScoringConfig()
     eval: EvalConfig = EvalConfig()
 
+    @model_validator(mode="after")
+    def _servers_train(self) -> AnswerConfig:
+        if self.rollout.server and not isinstance(self, RlConfig):
+            raise ValueError("rollout.server is set, but servers draw the rollouts of `longrl rl` alone; leave it out")
+        return self
+
     @field_validator("rollout")
     @classmethod
     def _groups_differ(cls, rollout: RolloutConfig) -> RolloutConfig:
@@ -299,6 +270,7 @@ class RlConfig(AlgorithmConfig, JudgedConfig, TrainConfig):
     @model_validator(mode="after")
     def _answerable(self) -> RlConfig:
         require_answerable(self.algo, self.rollout.group_size, self.rewards)
+        require_ahead(self.rollout, self.algo, self.model, self.parallel.timeout_s)
         return self
 
     @model_validator(mode="after")

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 from longrl.check import require_model
 from longrl.checkpoint import Checkpoints, pack_optimizer, read_optimizer
@@ -24,11 +25,15 @@ from longrl.parallel.shard import whole
 from longrl.policy import load_policy
 from longrl.report.metrics import Metrics
 from longrl.report.progress import Progress
+from longrl.rollout.client import ServerLostError
 from longrl.runtime import CHECKPOINTS, seed_for, start_run
 from longrl.stopping import Stopped, asked
 from longrl.types import Example, Prompt
 
 T = TypeVar("T")
+
+ROLLOUTS = "rollouts.json"
+"""Beside the optimizer state."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,6 +46,12 @@ class Share:
     """Of each example: a step across the end of an epoch can hold one twice."""
     examples: list[Example]
     prompts: list[Prompt]
+
+    def seeds(self, seed: int, name: str, step: int) -> list[int]:
+        """Of each example's noise."""
+        return [
+            seed_for(seed, name, step, e, example.id) for e, example in zip(self.epochs, self.examples, strict=True)
+        ]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,6 +91,8 @@ class Training:
         limit = prompt_limit(config, config.data, self.policy.trunk.device, ranks)
         self.build = PromptBuilder(self.policy.family, config.cache, skips, ranks, *limit)
         self.done, self.sharded = 0, config.parallel.shard
+        self.rollouts: str | None = None
+        """Of the step that follows what is done, where they were drawn before it: see rollout/ahead.py."""
         self._passing: set[str] = set()
         """Keys of a step's embeddings that no other step can use."""
         if latest:
@@ -87,6 +100,9 @@ class Training:
             read_optimizer(self.optimizer.adamw, latest.trainer_path)
             skips.names.update(latest.state["skipped"])
             self.done = self.policy.version = latest.step
+            if (path := latest.trainer_path / ROLLOUTS).exists():
+                self.rollouts = path.read_text()
+        self._saved = self.done
 
     def steps_left(self) -> range:
         return range(self.done + 1, self.config.steps + 1)
@@ -156,27 +172,58 @@ class Training:
         """Whether something done every so many steps, and after the last, is due; every 0: after the last alone."""
         return step == self.config.steps or (every > 0 and step % every == 0)
 
-    def save_if_due(self, step: int) -> None:
+    def save_if_due(self, step: int, rollouts: Callable[[], str | None] = lambda: None) -> None:
         """Called after each step, by all ranks.
 
+        Args:
+            rollouts: gives those of the step that follows, where they are drawn before it.
+
         Raises:
-            Stopped: a rank was asked to stop before the last step; the run is saved.
+            Stopped: a rank was asked to stop before the last step, or a server was lost; the run is saved.
         """
         stop = any(self.ranks.gather_all(asked()))
         if stop or self.is_due(step, self.config.checkpoint.every_steps):
-            self._save(step)
+            with self.kept(step):
+                drawn = rollouts()
+            self._save(step, drawn)
         if stop and step < self.config.steps:
-            self.ranks.from_main(lambda: None)  # who starts the ranks may end all as soon as one leaves: not before
-            raise Stopped(f"stopped after step {step} of {self.config.steps} and saved; start it again to go on")
+            self._stop("stopped", step)
 
-    def _save(self, step: int) -> None:
+    @contextmanager
+    def kept(self, step: int) -> Iterator[None]:
+        """Inside, after the steps up to this one, servers are asked for rollouts. All ranks do so, and lose them alike.
+
+        Raises:
+            Stopped: a server was lost; the run is saved.
+        """
+        try:
+            yield
+        except ServerLostError as error:
+            if step == 0:
+                raise
+            if step > self._saved:
+                self._save(step)
+            self._stop(f"{error}; stopped", step)
+
+    def _stop(self, why: str, step: int) -> NoReturn:
+        self.ranks.from_main(lambda: None)  # who starts the ranks may end all as soon as one leaves: not before
+        raise Stopped(f"{why} after step {step} of {self.config.steps} and saved; start it again to go on")
+
+    def _save(self, step: int, rollouts: str | None = None) -> None:
         """The main rank saves; those that it shares the weights with hand over theirs, and write their own part of the
         optimizer state."""
+        self._saved = step
         if self.ranks.dp_rank:
             return
         self.policy.reshard()
         if self.ranks.is_main:
-            self.checkpoints.save(step, self._write_model, self._write_optimizer, {"skipped": self.skips.names})
+
+            def write_trainer(folder: Path) -> None:
+                self._write_optimizer(folder)
+                if rollouts is not None:
+                    (folder / ROLLOUTS).write_text(rollouts)
+
+            self.checkpoints.save(step, self._write_model, write_trainer, {"skipped": self.skips.names})
         elif self.sharded:
             self._write_optimizer(None)
             self._write_model(None)

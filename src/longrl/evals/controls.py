@@ -10,7 +10,6 @@ import torch
 from longrl.runtime import seed_for
 from longrl.types import Clip, Example, MediaEmbeds
 
-
 _MARK = "shuffled"
 """In the keys of media that are."""
 

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from pydantic import ValidationError
 
 from longrl.rollout.wire import TOKEN_ENV, About, Answer, Asked, Part, explain
-from longrl.server_config import ServerConfig
+from longrl.rollout_config import ServerConfig
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +43,9 @@ class Server:
         answer = self._read(Answer, await self._call("POST", "/rollouts", asked.model_dump_json().encode()))
         count = asked.sampling.group_size + asked.sampling.greedy
         if [len(group) for group in answer.rollouts] != [count] * len(asked.prompts):
-            raise ValueError(f"rollout server {self.url}: not {count} rollouts for each of {len(asked.prompts)} prompts")
+            raise ValueError(
+                f"rollout server {self.url}: not {count} rollouts for each of {len(asked.prompts)} prompts"
+            )
         for version in {one.policy_version for group in answer.rollouts for one in group}:
             if version != asked.weights.version:
                 raise ValueError(

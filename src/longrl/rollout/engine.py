@@ -41,7 +41,7 @@ class Engine(Protocol):
         """
         ...
 
-    def resampled(self, config: RolloutConfig) -> Engine:
+    def resampled(self, config: RolloutConfig, *, greedy: bool = False) -> Engine:
         """An engine of the same weights that samples otherwise; closed with this one."""
         ...
 
@@ -66,4 +66,8 @@ def build_engine(
         ValueError: the engine asked for cannot do what the configuration needs.
         RuntimeError: it is not installed, or does not start.
     """
+    if config.rollout.server:
+        from longrl.rollout.remote import RemoteEngine
+
+        return RemoteEngine(config, policy, time, ranks, greedy=greedy)
     return NativeEngine(policy, config.rollout, time, greedy=greedy)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 from longrl.config import RlConfig, RolloutConfig
@@ -14,7 +15,6 @@ from longrl.parallel.ranks import Ranks
 from longrl.policy import Policy
 from longrl.rewards.remote import start
 from longrl.rollout.client import Server, ServerLostError
-from longrl.rollout.engine import Timer
 from longrl.rollout.weights import Outbox, fingerprint
 from longrl.rollout.wire import Answer, Asked, AskedMedia, AskedPrompt, Sampling, Weights
 from longrl.types import Example, Group, Prompt, Rollout
@@ -24,10 +24,16 @@ Drawn = dict[int, tuple[Rollout, ...]]
 
 
 class RemoteEngine:
-    """The first of the ranks that share prompts asks, and tells the others. Where one rank gets no answer, all raise."""
+    """The first of the ranks that share prompts asks, and tells the others. Where one fails to, all ranks raise."""
 
     def __init__(
-        self, config: RlConfig, policy: Policy, time: Timer, ranks: Ranks, *, greedy: bool = False
+        self,
+        config: RlConfig,
+        policy: Policy,
+        time: Callable[[str], AbstractContextManager[None]],
+        ranks: Ranks,
+        *,
+        greedy: bool = False,
     ) -> None:
         """As build_engine.
 
@@ -61,10 +67,12 @@ class RemoteEngine:
             yield tuple(self._group(examples[i], prompts[i], self.drawn.pop(seeds[i])) for i in members), None
 
     def begin(self, prompts: Sequence[Prompt], seeds: Sequence[int], weights: Weights) -> None:
-        """Asks for rollouts, in the background. All ranks that share the prompts call it."""
+        """Asks for rollouts that are not there, in the background. All ranks that share the prompts call it."""
         sp = self.policy.trunk.sp
         if sp is not None and sp.rank > 0:
             return
+        missing = [i for i, seed in enumerate(seeds) if seed not in self.drawn]
+        prompts, seeds = [prompts[i] for i in missing], [seeds[i] for i in missing]
         together = cohorts(prompts)
         dealt = balanced([num_tokens([prompts[i] for i in members]) for members in together], len(self.servers))
         for server, mine in zip(self.servers, dealt, strict=True):
@@ -92,10 +100,10 @@ class RemoteEngine:
         self._agree(error)
         self.drawn |= drawn
 
-    def resampled(self, config: RolloutConfig) -> RemoteEngine:
+    def resampled(self, config: RolloutConfig, *, greedy: bool = False) -> RemoteEngine:
         """As Engine.resampled: of the same servers."""
         other = copy.copy(self)
-        other.config, other.greedy, other.drawn, other._begun = config, False, {}, {}
+        other.config, other.greedy, other.drawn, other._begun = config, greedy, {}, {}
         return other
 
     def update_weights(self) -> None:

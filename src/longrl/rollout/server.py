@@ -30,7 +30,7 @@ from longrl.policy import load_policy
 from longrl.rollout.engine import Engine, build_engine
 from longrl.rollout.weights import fingerprint, read_weights
 from longrl.rollout.wire import TOKEN_ENV, About, Answer, Asked, AskedMedia, AskedPrompt, Sampling, Weights, explain
-from longrl.types import Example, MediaEmbeds, Prompt, Rollout
+from longrl.types import Clip, Example, MediaEmbeds, Prompt, Rollout
 from longrl.video.cache import EmbedCache
 
 log = logging.getLogger(__name__)
@@ -96,7 +96,7 @@ class RolloutServer:
         )
 
     def _media(self, asked: AskedMedia) -> MediaEmbeds:
-        media = shuffled_by_key(asked.key, self.cache.read)
+        media = shuffled_by_key(asked.key, lambda key: self._read(key, asked.clip))
         if media is None:
             raise RefusedError(
                 f"the embedding cache {self.cache.dir.absolute()} has no entry {asked.key}; cache.dir must be a folder "
@@ -105,7 +105,11 @@ class RolloutServer:
         rows = sum(end - start for start, end in asked.slots)
         if rows != len(media.embeds):
             raise ValueError(f"media {asked.key}: {len(media.embeds)} embeddings for {rows} tokens")
-        return replace(media, clip=asked.clip)
+        return media
+
+    def _read(self, key: str, clip: Clip | None) -> MediaEmbeds | None:
+        media = self.cache.read(key)
+        return media and replace(media, clip=clip)
 
     def _work(self) -> None:
         waiting: list[Waiting] = []
@@ -119,12 +123,10 @@ class RolloutServer:
             waiting = [one for one in waiting if one not in alike]
             try:
                 self._answer(alike, *kind)
-            except Exception as error:  # noqa: BLE001 - whoever asked hears of it
-                if not isinstance(error, ValueError):
-                    log.exception("a request for rollouts failed")
+            except Exception as error:  # whoever asked hears of it
+                log.exception("a request for rollouts failed")
                 for one in alike:
-                    if not one.answer.done():
-                        one.answer.set_exception(error)
+                    one.answer.set_exception(error)
 
     @torch.no_grad()
     def _answer(self, waiting: Sequence[Waiting], weights: Weights, sampling: Sampling) -> None:
@@ -146,7 +148,8 @@ class RolloutServer:
                 prefix.release()
             drawn |= {group.id: (*group.rollouts, *([group.greedy] if group.greedy else [])) for group in groups}
         ended_s, found = time.time(), iter(drawn[example.id] for example in examples)
-        log.info("%d x %d rollouts of version %d in %.1f s", len(prompts), sampling.group_size, weights.version, ended_s - began_s)  # fmt: skip
+        about = (len(prompts), sampling.group_size, weights.version, ended_s - began_s)
+        log.info("%d x %d rollouts of version %d in %.1f s", *about)
         for one in waiting:
             rollouts = tuple(next(found) for _ in one.prompts)
             one.answer.set_result(Answer(rollouts=rollouts, began_s=began_s, ended_s=ended_s))
@@ -158,12 +161,16 @@ def make_app(server: RolloutServer) -> Any:
         ImportError: the extra is not installed.
     """
     try:
-        from fastapi import FastAPI, Request, Response
+        from starlette.applications import Starlette
+        from starlette.middleware import Middleware
+        from starlette.middleware.base import BaseHTTPMiddleware
+        from starlette.requests import Request
+        from starlette.responses import Response
+        from starlette.routing import Route
     except ImportError as error:
-        raise ImportError(f"a rollout server needs the package fastapi ({error}): pip install 'longrl[server]'") from None
+        raise ImportError(f"longrl rollout-server needs starlette ({error}): pip install 'longrl[server]'") from None
 
     token = os.environ.get(TOKEN_ENV, "").strip()
-    app = FastAPI(title="longrl rollout-server", openapi_url=None)
 
     async def guard(request: Request, call_next: Any) -> Response:
         given = request.headers.get("authorization", "")
@@ -171,7 +178,7 @@ def make_app(server: RolloutServer) -> Any:
             return Response(f"not authorised: set {TOKEN_ENV} to what it is where the server runs", 401)
         return await call_next(request)
 
-    async def about() -> Response:
+    async def about(request: Request) -> Response:
         return Response(server.about.model_dump_json(), media_type="application/json")
 
     async def rollouts(request: Request) -> Response:
@@ -190,10 +197,8 @@ def make_app(server: RolloutServer) -> Any:
             return Response(f"{type(error).__name__}: {error}", 500)
         return Response(answer.model_dump_json(), media_type="application/json")
 
-    app.middleware("http")(guard)
-    app.get("/about")(about)
-    app.post("/rollouts")(rollouts)
-    return app
+    routes = [Route("/about", about), Route("/rollouts", rollouts, methods=["POST"])]
+    return Starlette(routes=routes, middleware=[Middleware(BaseHTTPMiddleware, dispatch=guard)])
 
 
 def serve(config: RlConfig, host: str, port: int) -> None:

@@ -4,8 +4,8 @@
         weights.json               version, names and sizes
         00000.safetensors ...
 
-Tensors are gathered from the ranks that share them, and written, some at a time: no more than PART_BYTES, or one tensor,
-is in host memory. Of adapters it is they alone. What made the embeddings is left out: those come through the cache.
+Tensors are gathered from the ranks that share them, and written, some at a time: no more than PART_BYTES and one tensor
+are in host memory. Of adapters it is they alone. What made the embeddings is left out: those come through the cache.
 """
 
 from __future__ import annotations

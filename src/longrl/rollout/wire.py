@@ -26,7 +26,7 @@ class Part(BaseModel):
 
 
 class AskedMedia(Part):
-    key: str
+    key: Annotated[str, Field(pattern=r"^[0-9a-f]{64}(:shuffled(:-?\d+)*)?$")]
     """Of the cache; of shuffled frames what evals/controls.py makes of it."""
     clip: Clip | None
     slots: Annotated[tuple[tuple[Index, Index], ...], Field(min_length=1)]
