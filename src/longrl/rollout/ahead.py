@@ -68,7 +68,7 @@ class Ahead:
     def _take_up(self, step: int, batch: Batch) -> None:
         """The first step of this process: as its checkpoint has it, or by the weights that would have drawn it, if they
         are still there, as after a server was lost; or anew."""
-        saved = _DRAWN.validate_json(self.training.rollouts or "{}")
+        saved, self.training.rollouts = _DRAWN.validate_json(self.training.rollouts or "{}"), None
         mine = {seed for share in batch.shares for seed in self._seeds(step, share)}
         self.engine.drawn |= {seed: rollouts for seed, rollouts in saved.items() if seed in mine}
         outbox = self.engine.outbox

@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -226,8 +226,9 @@ def serve(config: RlConfig, host: str, port: int) -> None:
         app = make_app(server)
         import uvicorn
 
+        logging.getLogger("uvicorn").setLevel(logging.WARNING)
+        options = uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=1)
         where = f"[{host}]" if ":" in host else host
         log.info("rollout server of %s: http://%s:%d", config.model.path, where, bound.getsockname()[1])
-        options = uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=1)
-        uvicorn.Server(options).run(sockets=[bound])
-        server.engine.close()
+        with closing(server.engine):
+            uvicorn.Server(options).run(sockets=[bound])
