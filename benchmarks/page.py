@@ -256,7 +256,29 @@ def _in_flight(rows: list[Row]) -> list[str]:
     return [*lines, ""]
 
 
-OTHERS = {"sequence_degrees": _layouts, "host_memory": _host_memory, "in_flight": _in_flight}
+def _engines(rows: list[Row]) -> list[str]:
+    lines = [
+        "## Engines",
+        "",
+        f"`.venv-vllm/bin/python benchmarks/engines.py > docs/engines.jsonl`: {rows[0]['response_tokens']} tokens a "
+        "rollout, a text twin, one",
+        "thread. Seconds of a step up to the update; of vLLM with the prefixes that the update then computes, and new",
+        "weights.",
+        "",
+        "| prompt tokens | prompts x G | native s | vLLM s | of that drawing | prefixes | weights | native / vLLM |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        parts = [row[name] for name in ("draw_s", "prefix_s", "weights_s")]
+        lines.append(
+            f"| {row['prompt_tokens']:,} | {row['prompts']} x {row['rollouts'] // row['prompts']} "
+            f"| {row['native_s']:.2f} | {sum(parts):.2f} | {' | '.join(f'{x:.2f}' for x in parts)} "
+            f"| {row['native_s'] / sum(parts):.2f} |"
+        )
+    return [*lines, ""]
+
+
+OTHERS = {"sequence_degrees": _layouts, "host_memory": _host_memory, "in_flight": _in_flight, "engines": _engines}
 """Scripts of this folder -> the section that shows what they printed into docs/SCRIPT.jsonl."""
 
 NOT_MEASURED = """\

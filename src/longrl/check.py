@@ -31,6 +31,7 @@ from longrl.parallel.layout import require_heads, require_world
 from longrl.plan.plan import make_plan
 from longrl.plan.shapes import known_source, shape_of
 from longrl.plan.text import plan_lines, refusal
+from longrl.rollout.vllm_rules import choose_engine
 from longrl.runtime import rank_and_size
 
 
@@ -134,6 +135,22 @@ def _report_run(config: DataRunConfig) -> Iterator[str]:
         yield from _report_judge(config)
     if isinstance(config, RlConfig):
         _row("algo", f"{config.algo.advantage}, {config.algo.loss} loss, KL {config.algo.kl}")
+        yield from _report_engine(config)
+
+
+def _report_engine(config: RlConfig) -> Iterator[str]:
+    """Servers are not asked: a run does that before its first step."""
+    if config.rollout.server:
+        missing = None if find_spec("httpx2") else "the package httpx2 is not installed: pip install 'longrl[server]'"
+        _row("engine", f"of servers: {', '.join(config.rollout.server.urls)}", missing)
+        if missing:
+            yield f"rollout.server: {missing}"
+        return
+    try:
+        _row("engine", ": ".join(choose_engine(config)))
+    except (ValueError, RuntimeError) as error:
+        _row("engine", config.rollout.engine, str(error))
+        yield str(error)
 
 
 def _files(config: DataRunConfig) -> Iterator[tuple[str, str | None, str | None]]:

@@ -15,6 +15,7 @@ from longrl.judge_config import JudgeConfig
 from longrl.model_config import LoraConfig as LoraConfig
 from longrl.model_config import ModelConfig, Section
 from longrl.rollout_config import RolloutConfig as RolloutConfig
+from longrl.rollout_config import VllmConfig as VllmConfig
 from longrl.rollout_config import require_ahead
 from longrl.scoring_config import REWARD_PRESETS, Weights
 from longrl.scoring_config import ScoringConfig as ScoringConfig

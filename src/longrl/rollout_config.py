@@ -1,4 +1,4 @@
-"""The `rollout` section of a configuration: sampling, and what does it. Imports no torch."""
+"""The `rollout` section of a configuration: how responses are sampled, and by what. Imports no torch."""
 
 from __future__ import annotations
 

@@ -158,7 +158,8 @@ def _loss(cohort: Cohort, config: RlConfig, totals: Totals, seen: list[Tensor], 
             elif not difference <= config.algo.max_logprob_diff:  # true of NaN too
                 raise RuntimeError(
                     f"engine and trainer log-probs differ by {difference:.2e}, more than algo.max_logprob_diff "
-                    f"{config.algo.max_logprob_diff:g} (groups {', '.join(ids)}); the weights were not changed"
+                    f"{config.algo.max_logprob_diff:g} (groups {', '.join(ids)}); the weights were not changed. If the "
+                    "engine computes in another precision, set algo.correction and raise the bound"
                 )
             else:
                 totals.logprob_diff = max(totals.logprob_diff or 0.0, difference)

@@ -31,7 +31,7 @@ from longrl.rollout_config import ServerConfig
 from longrl.types import Clip, MediaEmbeds
 
 KEY = "0123456789abcdef" * 4
-PROMPT = {"token_ids": [1, 2, 3], "position_ids": [[0, 1, 2]] * 3, "media": [], "seed": 7}
+PROMPT = {"id": "q", "token_ids": [1, 2, 3], "position_ids": [[0, 1, 2]] * 3, "media": [], "seed": 7}
 MEDIA = {"key": KEY, "clip": None, "slots": [[1, 3]]}
 ROLLOUT = {"token_ids": [5], "logprobs": [-0.1], "text": "x", "finish_reason": "stop", "policy_version": 3}
 ANSWER = {"rollouts": [[ROLLOUT, ROLLOUT]], "began_s": 1.0, "ended_s": 2.0}
@@ -79,6 +79,7 @@ def test_a_prompt_of_200k_tokens_goes_through():
     clip = {"path": "hour.mp4", "fps": 1.0}
     media = {"key": KEY, "clip": clip, "slots": [[5, count - 50]]}
     prompt = {
+        "id": "q",
         "token_ids": [i % 150_000 for i in range(count)],
         "position_ids": [list(range(count))] * 3,
         "media": [media],

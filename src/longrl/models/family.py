@@ -42,6 +42,13 @@ class Family(Protocol):
         """
         ...
 
+    decoder_prefix: str
+    """In front of the decoder's names, where it is a part that Hugging Face has a class for."""
+
+    def describe(self, path: Path) -> None:
+        """Writes the folder that an engine starts from: all of the model that reads embeddings, but for its weights."""
+        ...
+
     @property
     def encoder_id(self) -> str:
         """Identifies preprocessing, encoder weights and dtype: part of every cache key. Computed once."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -34,6 +35,7 @@ class Text:
     config_class: ClassVar[Any]
     extra_files: ClassVar[tuple[str, ...]] = ()
     """Names of files that a checkpoint has besides model and tokenizer, kept as they are."""
+    decoder_prefix: ClassVar[str] = ""
     placeholders: Mapping[str, str] = {}
     """Kind of clip -> the token that stands for its embeddings; the kinds that the family takes."""
 
@@ -92,6 +94,15 @@ class Text:
     def save(self, path: Path, weights: dict[str, Tensor] | None = None) -> None:
         with quiet():
             self.model.save_pretrained(path, state_dict=weights, max_shard_size="2GB")
+        self.tokenizer.save_pretrained(path)
+        for name, text in self.files.items():
+            (path / name).write_text(text)
+
+    def describe(self, path: Path) -> None:
+        path.mkdir(parents=True, exist_ok=True)
+        content = json.loads(self.model.config.to_json_string(use_diff=False))
+        content["architectures"] = [type(self.model).__name__]
+        (path / "config.json").write_text(json.dumps(content, indent=2) + "\n")
         self.tokenizer.save_pretrained(path)
         for name, text in self.files.items():
             (path / name).write_text(text)

@@ -63,6 +63,7 @@ class Vila(Text):
     """See models/family.py for the contract."""
 
     model_type = "vila"
+    decoder_prefix = "llm."
     placeholders = {"image": "<image>", "video": "<vila/video>"}  # noqa: RUF012
 
     def __init__(self, model: VilaModel, tokenizer: PreTrainedTokenizerBase, files: dict[str, str]) -> None:
@@ -149,6 +150,13 @@ class Vila(Text):
         content |= {"hidden_size": about.out, "mm_hidden_size": about.wide}  # NVlabs' code builds the projector by them
         content |= {f"{part}_cfg": json.loads((path / part / CONFIG).read_text()) for part in PARTS}
         (path / CONFIG).write_text(json.dumps(content, indent=2) + "\n")
+
+    def describe(self, path: Path) -> None:
+        path.mkdir(parents=True, exist_ok=True)
+        content = json.loads(self.model.llm.config.to_json_string(use_diff=False))
+        content["architectures"] = [type(self.model.llm).__name__]
+        (path / CONFIG).write_text(json.dumps(content, indent=2) + "\n")
+        self.tokenizer.save_pretrained(path)
 
     @property
     def stop_ids(self) -> frozenset[int]:

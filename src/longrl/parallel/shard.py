@@ -95,12 +95,6 @@ def local(x: Tensor) -> Tensor:
     return x.to_local() if isinstance(x, DTensor) else x
 
 
-def one_by_one(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """Tensors in full where they are, one gathered after the other; every rank of their group goes through all."""
-    for name, tensor in tensors.items():
-        yield name, (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach()
-
-
 def whole(tensors: Mapping[str, Tensor], keep: bool, folder: Path | None = None) -> dict[str, Tensor]:
     """Sharded tensors in full, gathered one after the other; every rank of their group calls it.
 
@@ -124,6 +118,19 @@ def whole(tensors: Mapping[str, Tensor], keep: bool, folder: Path | None = None)
             x = x.cpu() if folder is None else _in_file(x, folder / str(len(full)))
         full[id(tensor)] = x
     return {} if not keep else {name: full[id(tensor)] for name, tensor in tensors.items()}
+
+
+def each_whole(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Sharded tensors in full, where they are computed with, gathered when it is their turn and not kept; every rank of
+    their group goes through all of them. What is there twice (tied weights) comes once."""
+    seen: set[int] = set()
+    for name, tensor in tensors.items():
+        if id(tensor) in seen:
+            continue
+        seen.add(id(tensor))
+        if isinstance(tensor, DTensor) and tensor.device_mesh.size() > 1:
+            tensor = tensor.full_tensor()
+        yield name, local(tensor).detach()
 
 
 def _in_file(x: Tensor, path: Path) -> Tensor:

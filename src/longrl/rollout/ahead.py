@@ -81,7 +81,7 @@ class Ahead:
         weights = weights or self.engine.outbox.current()
         for share in batch.shares:
             self.training.policy.share_with(share.ranks.sp)
-            self.engine.begin(share.prompts, self._seeds(step, share), weights)
+            self.engine.begin(share.examples, share.prompts, self._seeds(step, share), weights)
 
     def _collect(self, step: int, batch: Batch) -> None:
         for share in batch.shares:

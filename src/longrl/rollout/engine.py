@@ -11,6 +11,8 @@ from longrl.config import RlConfig, RolloutConfig
 from longrl.parallel.ranks import ALONE, Ranks
 from longrl.policy import Policy
 from longrl.rollout.native import NativeEngine
+from longrl.rollout.vllm_engine import start_vllm
+from longrl.rollout.vllm_rules import choose_engine
 from longrl.types import Example, Group, Prefix, Prompt
 
 log = logging.getLogger(__name__)
@@ -70,4 +72,9 @@ def build_engine(
         from longrl.rollout.remote import RemoteEngine
 
         return RemoteEngine(config, policy, time, ranks, greedy=greedy)
+    name, why = choose_engine(config)
+    if ranks.is_main and config.rollout.engine != "native":
+        log.info("rollouts by the engine %s: %s", name, why)
+    if name == "vllm":
+        return start_vllm(config, policy, time, ranks, greedy=greedy)
     return NativeEngine(policy, config.rollout, time, greedy=greedy)

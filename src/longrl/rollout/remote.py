@@ -60,20 +60,21 @@ class RemoteEngine:
     ) -> Iterator[tuple[tuple[Group, ...], None]]:
         """As Engine.rollout. A step ahead, these are there already: see ahead.py."""
         if not self.config.max_staleness:
-            self.begin(prompts, seeds, self.outbox.current())
+            self.begin(examples, prompts, seeds, self.outbox.current())
             with self.time("rollout"):
                 self.collect(seeds)
         for members in cohorts(prompts):
             yield tuple(self._group(examples[i], prompts[i], self.drawn.pop(seeds[i])) for i in members), None
 
-    def begin(self, prompts: Sequence[Prompt], seeds: Sequence[int], weights: Weights) -> None:
+    def begin(
+        self, examples: Sequence[Example], prompts: Sequence[Prompt], seeds: Sequence[int], weights: Weights
+    ) -> None:
         """Asks for rollouts that are not there, in the background. All ranks that share the prompts call it."""
         sp = self.policy.trunk.sp
         if sp is not None and sp.rank > 0:
             return
         missing = [i for i, seed in enumerate(seeds) if seed not in self.drawn]
-        prompts, seeds = [prompts[i] for i in missing], [seeds[i] for i in missing]
-        together = cohorts(prompts)
+        together = [[missing[k] for k in members] for members in cohorts([prompts[i] for i in missing])]
         dealt = balanced([num_tokens([prompts[i] for i in members]) for members in together], len(self.servers))
         for server, mine in zip(self.servers, dealt, strict=True):
             indices = [i for k in mine for i in together[k]]
@@ -83,7 +84,7 @@ class RemoteEngine:
                 model=self.model,
                 weights=weights,
                 sampling=sampling_of(self.config, self.greedy),
-                prompts=tuple(_asked(prompts[i], seeds[i]) for i in indices),
+                prompts=tuple(_asked(examples[i], prompts[i], seeds[i]) for i in indices),
             )
             future = start(server.draw(asked))
             self._begun |= {seeds[i]: (future, k) for k, i in enumerate(indices)}
@@ -158,8 +159,9 @@ def sampling_of(config: RolloutConfig, greedy: bool) -> Sampling:
     )
 
 
-def _asked(prompt: Prompt, seed: int) -> AskedPrompt:
+def _asked(example: Example, prompt: Prompt, seed: int) -> AskedPrompt:
     return AskedPrompt(
+        id=example.id,
         token_ids=tuple(prompt.token_ids.tolist()),
         position_ids=tuple(map(tuple, prompt.position_ids.tolist())),
         media=tuple(

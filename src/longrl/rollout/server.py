@@ -141,13 +141,17 @@ class RolloutServer:
             self._engines[sampling] = self.engine.resampled(config, greedy=sampling.greedy)
         prompts = [prompt for one in waiting for prompt in one.prompts]
         seeds = [prompt.seed for one in waiting for prompt in one.asked.prompts]
-        examples = [Example(id=str(i), messages=(), answer=None, kind="open") for i in range(len(prompts))]
-        drawn: dict[str, tuple[Rollout, ...]] = {}
+        ids = [prompt.id for one in waiting for prompt in one.asked.prompts]
+        examples = [Example(id=name, messages=(), answer=None, kind="open") for name in ids]
+        drawn: dict[int, tuple[Rollout, ...]] = {}
+        """By the identity of the example: several runs may ask for the same."""
         for groups, prefix in self._engines[sampling].rollout(examples, prompts, seeds):
             if prefix is not None:
                 prefix.release()
-            drawn |= {group.id: (*group.rollouts, *([group.greedy] if group.greedy else [])) for group in groups}
-        ended_s, found = time.time(), iter(drawn[example.id] for example in examples)
+            drawn |= {
+                id(group.example): (*group.rollouts, *([group.greedy] if group.greedy else [])) for group in groups
+            }
+        ended_s, found = time.time(), iter(drawn[id(example)] for example in examples)
         about = (len(prompts), sampling.group_size, weights.version, ended_s - began_s)
         log.info("%d x %d rollouts of version %d in %.1f s", *about)
         for one in waiting:

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from longrl.config import ModelConfig
 from longrl.parallel.ranks import Ranks
-from longrl.parallel.shard import local, one_by_one
+from longrl.parallel.shard import each_whole, local
 from longrl.policy import Policy
 from longrl.rollout.wire import Weights
 
@@ -69,7 +69,7 @@ class Outbox:
         """On the ranks of the first group, which may share the weights; the main one writes."""
         tensors = learned(self.policy)
         if not self.ranks.is_main:
-            for _ in one_by_one(tensors):
+            for _ in each_whole(tensors):
                 pass
             return None
         self.dir.mkdir(parents=True, exist_ok=True)
@@ -77,7 +77,7 @@ class Outbox:
         with tempfile.TemporaryDirectory(dir=self.dir, ignore_cleanup_errors=True) as temp:
             written = Path(temp, "written")
             written.mkdir()
-            for number, part in enumerate(_parts(one_by_one(tensors))):
+            for number, part in enumerate(_parts(each_whole(tensors))):
                 save_file(part, written / f"{number:05d}.safetensors")
             about = {"version": version, "tensors": _sizes(tensors)}
             (written / ABOUT).write_text(json.dumps(about))
@@ -138,7 +138,7 @@ def fingerprint(policy: Policy, model: ModelConfig) -> str:
     about: list[Any] = [model.lora and model.lora.model_dump(), model.rope and model.rope.model_dump()]
     about += [sorted(family.stop_ids), len(family.tokenizer), _sizes(_decoder(policy))]
     digest = hashlib.sha256(json.dumps(about).encode())
-    for name, x in one_by_one({name: x for name, x in _decoder(policy).items() if not x.requires_grad}):
+    for name, x in each_whole({name: x for name, x in _decoder(policy).items() if not x.requires_grad}):
         some = x.flatten()[:: max(1, x.numel() // SAMPLES)].to(torch.bfloat16).cpu()
         digest.update(name.encode() + some.contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

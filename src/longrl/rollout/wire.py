@@ -34,6 +34,8 @@ class AskedMedia(Part):
 
 
 class AskedPrompt(Part):
+    id: str
+    """Of the example, for messages."""
     token_ids: Annotated[tuple[Index, ...], Field(min_length=1)]
     position_ids: Annotated[tuple[tuple[Index, ...], ...], Field(min_length=1)]
     """Of each axis as many as tokens."""

@@ -1,0 +1,107 @@
+"""Times the two engines (`rollout.engine`) at several prompt lengths and numbers of rollouts.
+
+    .venv-vllm/bin/python benchmarks/engines.py > docs/engines.jsonl      (after make test-vllm)
+
+A text twin with random weights, fp32, one thread; every response has its full length. Seconds of a step up to the
+update: of the built-in engine prefill and decoding; of vLLM drawing, prefill included, the prefixes that the update
+must then compute (the built-in engine hands over its own), and new weights. The engines take turns, and each one's
+fastest run counts. Prints JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import runpy
+import time
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+
+from longrl.config import RlConfig
+from longrl.models import load_family
+from longrl.parallel.ranks import ALONE
+from longrl.policy import Policy
+from longrl.rollout.native import NativeEngine
+from longrl.rollout.vllm_engine import VllmEngine, start_vllm
+from longrl.types import Example, Prompt
+
+SITE = Path(__file__).parents[1] / "tests" / "vllm" / "site"
+"""Which lets the CPU build of vLLM start."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--lengths", type=int, nargs="+", default=[128, 512, 2048, 8192])
+    parser.add_argument("--prompts", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--group-size", type=int, default=8)
+    parser.add_argument("--response-tokens", type=int, default=64)
+    parser.add_argument("--repeats", type=int, default=2)
+    asked = parser.parse_args()
+    kept = runpy.run_path(str(SITE / "sitecustomize.py"))
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(SITE), os.environ.get("PYTHONPATH"))))
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
+    torch.set_num_threads(1)
+    sampling = {"group_size": asked.group_size, "max_new_tokens": asked.response_tokens, "prompts_in_flight": 8}
+    config = RlConfig.model_validate(
+        {"run_dir": "run", "model": {"path": "tiny:qwen2"}, "steps": 1, "rollout": {"engine": "vllm", **sampling}}
+    )
+    family = load_family(config.model)
+    family.model.generation_config.eos_token_id = [-1]  # pyright: ignore (nothing ends a response early)
+    policy = Policy(family)
+    vllm = start_vllm(config, policy, lambda _: nullcontext(), ALONE, greedy=False)
+    native = NativeEngine(policy, config.rollout)
+    for length in asked.lengths:
+        for count in asked.prompts:
+            prompts = make_prompts(count, length)
+            times = [(native_s(native, prompts), *vllm_s(vllm, prompts)) for _ in range(1 + asked.repeats)][1:]
+            ours, theirs = min(one[0] for one in times), min((one[1:] for one in times), key=sum)
+            row = {"prompt_tokens": length, "prompts": count, "rollouts": count * asked.group_size}
+            row |= {"response_tokens": asked.response_tokens, "native_s": round(ours, 3)}
+            row |= dict(zip(("draw_s", "prefix_s", "weights_s"), (round(x, 3) for x in theirs), strict=True))
+            print(json.dumps(row), flush=True)
+    vllm.close()
+    del kept
+
+
+def make_prompts(count: int, length: int) -> list[Prompt]:
+    return [
+        Prompt(
+            token_ids=torch.randint(8, 256, (length,)),
+            position_ids=torch.arange(length)[None],
+            media=(),
+            media_slots=(),
+        )
+        for _ in range(count)
+    ]
+
+
+def ask(engine: NativeEngine | VllmEngine, prompts: list[Prompt]) -> None:
+    examples = [Example(id=str(i), messages=(), answer=None, kind="open") for i in range(len(prompts))]
+    for _, prefix in engine.rollout(examples, prompts, range(len(prompts))):
+        if prefix is not None:
+            prefix.release()
+
+
+def native_s(engine: NativeEngine, prompts: list[Prompt]) -> float:
+    began = time.perf_counter()
+    ask(engine, prompts)
+    return time.perf_counter() - began
+
+
+def vllm_s(engine: VllmEngine, prompts: list[Prompt]) -> tuple[float, float, float]:
+    times = [time.perf_counter()]
+    ask(engine, prompts)
+    times.append(time.perf_counter())
+    for prompt in prompts:
+        engine.policy.prefix([prompt]).release()
+    times.append(time.perf_counter())
+    engine.update_weights()
+    times.append(time.perf_counter())
+    return times[1] - times[0], times[2] - times[1], times[3] - times[2]
+
+
+if __name__ == "__main__":
+    main()

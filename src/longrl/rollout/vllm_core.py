@@ -1,0 +1,194 @@
+"""vLLM in this process: started without weights, which then come from the policy, and asked for samples.
+
+Under torchrun every process starts one, and those that share prompts are one engine (tensor parallel over sp).
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from longrl.config import RlConfig, RolloutConfig
+from longrl.parallel.ranks import Ranks
+from longrl.policy import Policy
+from longrl.rollout.vllm_inputs import engine_input
+from longrl.rollout.vllm_rules import installed, lora_room, max_model_len, require_version
+from longrl.rollout.vllm_weights import decoder_weights, save_adapters
+from longrl.types import Prompt
+
+log = logging.getLogger(__name__)
+
+CPU_BLOCK_TOKENS = 32
+"""Tokens of keys and values that are shared or not shared as one: what the CPU's kernels take."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Drawn:
+    """A sampled response."""
+
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    finish_reason: str
+    version: int
+    """Of the weights."""
+
+
+class Vllm:
+    """An engine with a copy of the policy's weights."""
+
+    def __init__(self, policy: Policy, config: RlConfig, ranks: Ranks) -> None:
+        """
+        Raises:
+            RuntimeError: vLLM is not there, of another version, or does not start.
+        """
+        require_version(installed())
+        family, text = policy.family, policy.family.model.config.get_text_config()
+        self.model_type, self.width = family.model_type, text.hidden_size
+        self.stop_ids, self.ranks, self.on_gpu = sorted(family.stop_ids), ranks, policy.trunk.device.type == "cuda"
+        asked = config.rollout.vllm
+        name = asked.dtype or config.model.compute_dtype or config.model.dtype
+        self.dtype: torch.dtype = getattr(torch, name)
+        self.sleeps = asked.sleep and self.on_gpu
+        self.lora = config.model.lora is not None
+        self.version: int | None = None
+        """Of the weights; None: there are none yet."""
+        self.folder = tempfile.TemporaryDirectory(prefix="longrl-vllm-")
+        family.describe(Path(self.folder.name, "model"))
+        self.llm = _start(self._arguments(config, name, policy))
+        self.room: int = self.llm.llm_engine.model_config.max_model_len
+        self._asleep, self._adapter, self._count = False, None, 0
+
+    def _arguments(self, config: RlConfig, dtype: str, policy: Policy) -> dict[str, Any]:
+        asked, lora = config.rollout.vllm, config.model.lora
+        given: dict[str, Any] = {
+            "model": str(Path(self.folder.name, "model")),
+            "load_format": "dummy",  # the weights are handed over
+            "dtype": dtype,
+            "max_model_len": max_model_len(config),
+            "max_num_seqs": config.rollout.max_streams,
+            "gpu_memory_utilization": asked.gpu_memory_utilization,
+            "enforce_eager": asked.enforce_eager or not self.on_gpu,
+            "enable_prefix_caching": True,
+            "logprobs_mode": "processed_logprobs",  # of logits / temperature, as the trainer's
+            "generation_config": "vllm",
+            "seed": config.runtime.seed,
+            "disable_log_stats": False,
+            "enable_sleep_mode": self.sleeps,
+        }
+        if not self.on_gpu:
+            given["block_size"] = CPU_BLOCK_TOKENS
+        if policy.family.placeholders and policy.family.decoder_prefix:
+            given["enable_prompt_embeds"] = True
+        elif policy.family.placeholders:
+            given |= {"enable_mm_embeds": True, "skip_mm_profiling": True, "mm_processor_cache_gb": 0}
+        if lora:
+            given |= {"enable_lora": True, "max_lora_rank": lora_room(lora.rank), "max_loras": 1}
+        if self.ranks.size > 1:
+            given |= {
+                "distributed_executor_backend": "external_launcher",
+                "tensor_parallel_size": self.ranks.sp_size,
+            }
+        return given
+
+    def load(self, policy: Policy) -> None:
+        """Takes over the policy's weights, of adapters the adapters alone after the first time. All ranks call it."""
+        self._wake()
+        if self.version is None or not self.lora:
+            self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": decoder_weights(policy)})
+        if self.lora:
+            self._load_adapters(policy)
+        for reset in (self.llm.reset_prefix_cache, self.llm.reset_mm_cache, self.llm.reset_encoder_cache):
+            reset()
+        self.version = policy.version
+
+    def _load_adapters(self, policy: Policy) -> None:
+        """Under a name of their own, as vLLM knows adapters by name."""
+        from vllm.lora.request import LoRARequest  # pyright: ignore[reportMissingImports]
+
+        self._count += 1
+        folder = Path(self.folder.name, f"adapters-{self._count}")
+        save_adapters(policy, folder)  # each rank for itself: they need not share a disk
+        if self._adapter is not None:
+            self.llm.llm_engine.remove_lora(self._adapter.lora_int_id)
+        self._adapter = LoRARequest(f"step-{self._count}", self._count, str(folder))
+
+    def draw(
+        self, prompts: Sequence[Prompt], seeds: Sequence[Sequence[int | None]], config: RolloutConfig
+    ) -> list[list[Drawn]]:
+        """Samples from each prompt once for each of its seeds; None: always the likeliest token.
+
+        Returns:
+            Of each prompt, in the order of its seeds.
+        """
+        from vllm import SamplingParams  # pyright: ignore[reportMissingImports]
+
+        assert self.version is not None, "vLLM was asked before it had weights"
+        self._wake()
+        engine = self.llm.llm_engine
+        for i, (prompt, ones) in enumerate(zip(prompts, seeds, strict=True)):
+            given = engine_input(prompt, self.model_type, self.width, self.dtype)  # one copy for the group
+            for k, seed in enumerate(ones):
+                sampling = SamplingParams(
+                    temperature=0.0 if seed is None else config.temperature,
+                    seed=seed,
+                    max_tokens=config.max_new_tokens,
+                    stop_token_ids=self.stop_ids,
+                    ignore_eos=True,  # the stop tokens say it all
+                    logprobs=0,
+                    detokenize=False,
+                )
+                engine.add_request(f"{i}/{k}", given, sampling, lora_request=self._adapter)
+        found: dict[str, Drawn] = {}
+        while engine.has_unfinished_requests():
+            for output in engine.step():
+                if output.finished:
+                    found[output.request_id] = _drawn(output.outputs[0], self.version)
+        if self.sleeps:
+            self.llm.sleep(level=1)
+            self._asleep = True
+        return [[found[f"{i}/{k}"] for k in range(len(ones))] for i, ones in enumerate(seeds)]
+
+    def prefix_hits(self) -> tuple[int, int]:
+        """Prompt tokens asked for so far, and those among them whose keys and values were there."""
+        values = {metric.name: getattr(metric, "value", 0) for metric in self.llm.get_metrics()}
+        return int(values["vllm:prefix_cache_queries"]), int(values["vllm:prefix_cache_hits"])
+
+    def close(self) -> None:
+        self.llm.llm_engine.engine_core.shutdown()
+        self.folder.cleanup()
+
+    def _wake(self) -> None:
+        if self._asleep:
+            self.llm.wake_up()
+            self._asleep = False
+
+
+def _start(arguments: dict[str, Any]) -> Any:
+    """
+    Raises:
+        RuntimeError: it does not start.
+    """
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # weights are handed over in memory
+    set_num_threads = torch.set_num_threads
+    try:
+        from vllm import LLM  # pyright: ignore[reportMissingImports]
+
+        return LLM(**arguments)
+    except (ValueError, RuntimeError, ImportError) as error:
+        raise RuntimeError(f"vLLM does not start: {' '.join(str(error).split())}") from error
+    finally:
+        torch.set_num_threads = set_num_threads  # which the CPU build takes away
+
+
+def _drawn(output: Any, version: int) -> Drawn:
+    token_ids = tuple(output.token_ids)
+    logprobs = tuple(at[token].logprob for at, token in zip(output.logprobs, token_ids, strict=True))
+    return Drawn(token_ids=token_ids, logprobs=logprobs, finish_reason=output.finish_reason, version=version)

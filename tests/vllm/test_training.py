@@ -1,0 +1,89 @@
+"""Runs of the RL loop whose rollouts vLLM draws."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from longrl.config import RlConfig
+from longrl.report.metrics import read_metrics
+from longrl.train_rl import train_rl
+from tests.e2e.conftest import dataset as dataset
+from tests.e2e.conftest import rl_config
+
+pytestmark = pytest.mark.vllm
+
+BOUND = 1e-3
+ROLLOUT = {"engine": "vllm", "group_size": 8, "max_new_tokens": 4}
+LEARNING = {
+    "steps": 8,
+    "rollout": ROLLOUT,
+    "rewards": {"tests.e2e.rewards:first_token_even": 1.0},
+    "optim": {"lr": 3e-3},
+    "algo": {"max_logprob_diff": BOUND},
+}
+
+
+def run(config: RlConfig) -> list[dict[str, Any]]:
+    train_rl(config)
+    return read_metrics(Path(config.run_dir) / "metrics.jsonl")
+
+
+def texts(tmp_path: Path) -> dict[str, Any]:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"problem": f"what is {i}?", "answer": str(i)}) + "\n" for i in range(8)))
+    return {"train": str(rows)}
+
+
+def check_learned(lines: list[dict[str, Any]]) -> None:
+    """Half of all tokens are even: the reward begins near 0.5."""
+    rewards = [line["reward/mean"] for line in lines]
+    assert sum(rewards[-2:]) / 2 > sum(rewards[:2]) / 2 + 0.2
+    assert all(0 < line["sampling/logprob_diff"] <= BOUND for line in lines)
+
+
+@pytest.mark.parametrize("name", ["vila", "qwen2_5_vl", "qwen3_vl"])
+def test_the_reward_of_a_video_model_rises(name, dataset, tmp_path):
+    check_learned(run(rl_config(dataset, tmp_path, **LEARNING, model={"path": f"tiny:{name}"})))
+
+
+@pytest.mark.parametrize("changes", [{}, {"lora": {"rank": 8, "alpha": 64.0}}], ids=["weights", "adapters"])
+def test_the_reward_of_a_text_model_rises(changes, dataset, tmp_path):
+    given = {"data": texts(tmp_path), "model": {"path": "tiny:qwen2", **changes}}
+    check_learned(run(rl_config(dataset, tmp_path, **LEARNING, **given)))
+
+
+def test_an_engine_of_another_precision_is_corrected_or_stops_the_run(dataset, tmp_path):
+    """bfloat16 in vLLM, fp32 in the trainer."""
+    rough = {**LEARNING, "steps": 2, "rollout": {**ROLLOUT, "vllm": {"dtype": "bfloat16"}}}
+    given = {"data": texts(tmp_path), "model": {"path": "tiny:qwen2"}}
+    with pytest.raises(
+        RuntimeError, match=r"engine and trainer log-probs differ by .* more than algo.max_logprob_diff"
+    ):
+        run(rl_config(dataset, tmp_path, **rough, **given))
+    for number, settings in enumerate(
+        (
+            {"correction": "truncate", "correction_high": 1.001},
+            {"correction": "mask", "correction_low": 0.999, "correction_high": 1.001, "correction_level": "sequence"},
+        )
+    ):
+        rough["algo"] = {"max_logprob_diff": 1.0, **settings}
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        for line in run(rl_config(dataset, folder, **rough, **given)):
+            assert line["sampling/logprob_diff"] > BOUND
+            assert 0 < line["correction/bounded"] < 1
+
+
+def test_shuffled_and_greedy_rollouts_and_refills_come_from_the_same_engine(dataset, tmp_path):
+    for name in ("t_grpo", "remax", "dapo"):
+        folder = tmp_path / name
+        folder.mkdir()
+        settings = {**LEARNING, "steps": 2, "algorithm": name}
+        settings["algo"] = {"max_logprob_diff": BOUND, "accuracy": "tests.e2e.rewards:first_token_even"}
+        lines = run(rl_config(dataset, folder, **settings))
+        assert [line["step"] for line in lines] == [1, 2]
+        assert all(line["sampling/logprob_diff"] <= BOUND for line in lines)
