@@ -12,7 +12,7 @@ from longrl.model_config import ModelConfig, Section
 
 
 class ServerConfig(Section):
-    """Rollout servers, which draw the rollouts of training instead of this process: docs/engines.md."""
+    """Rollout servers, which draw the rollouts of training instead of this process: docs/servers.md."""
 
     urls: Annotated[tuple[str, ...], Field(min_length=1)]
     """Of all servers, `http://node1:8100`. Groups of processes, and what each draws, are dealt out to them."""

@@ -6,7 +6,7 @@ The first step's are drawn from v[0], which they train. What is drawn is a funct
 checkpoint holds the rollouts of the step that follows it, whose weights are gone.
 
 Reference: one-step off-policy RL, Noukhovitch et al., "Asynchronous RLHF" (arXiv 2410.18252), section 3; AReaL (arXiv
-2505.24298), section 5, for the objective: ratios to the policy as the update begins, weighed by `algo.correction`.
+2505.24298), section 5.2, for the objective: ratios to the policy as the update begins, weighed by `algo.correction`.
 """
 
 from __future__ import annotations
