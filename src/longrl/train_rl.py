@@ -103,7 +103,7 @@ def train_rl(config: RlConfig, ranks: Ranks = ALONE) -> Path:
                     for name, value in ({"accuracy": result.overall.accuracy} | result.asked).items():
                         metrics.log(f"eval/{name}", value)
             progress.update(metrics.last)
-            training.save_if_due(step, *([ahead.pending] if ahead else []))
+            training.save_if_due(step, ahead and ahead.pending)
     return training.last_model()
 
 

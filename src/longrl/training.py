@@ -172,7 +172,7 @@ class Training:
         """Whether something done every so many steps, and after the last, is due; every 0: after the last alone."""
         return step == self.config.steps or (every > 0 and step % every == 0)
 
-    def save_if_due(self, step: int, rollouts: Callable[[], str | None] = lambda: None) -> None:
+    def save_if_due(self, step: int, rollouts: Callable[[], str | None] | None = None) -> None:
         """Called after each step, by all ranks.
 
         Args:
@@ -184,7 +184,7 @@ class Training:
         stop = any(self.ranks.gather_all(asked()))
         if stop or self.is_due(step, self.config.checkpoint.every_steps):
             with self.kept(step):
-                drawn = rollouts()
+                drawn = rollouts() if rollouts else None
             self._save(step, drawn)
         if stop and step < self.config.steps:
             self._stop("stopped", step)

@@ -1,7 +1,7 @@
 """longrl rollout-server: an engine in a process of its own, for runs that name it in `rollout.server`.
 
-One thread answers the requests, those that wait together at once: what a rollout is does not depend on what it is drawn
-beside. A request names its weights; they are read where the server has others, and drop what engines keep of those.
+The main thread answers the requests, those that wait together at once: what a rollout is does not depend on what it is
+drawn beside. A request names its weights; where the server has others, it reads those first. HTTP is another thread's.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 from contextlib import closing, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from pydantic import ValidationError
@@ -67,7 +67,6 @@ class RolloutServer:
         self._engines: dict[Sampling, Engine] = {}
         self._weights: Weights | None = None
         self._queue: queue.SimpleQueue[Waiting] = queue.SimpleQueue()
-        threading.Thread(target=self._work, daemon=True).start()
 
     def ask(self, asked: Asked) -> Future[Answer]:
         """Of any thread.
@@ -111,7 +110,8 @@ class RolloutServer:
         media = self.cache.read(key)
         return media and replace(media, clip=clip)
 
-    def _work(self) -> None:
+    def work(self) -> NoReturn:
+        """Answers, until it is interrupted."""
         waiting: list[Waiting] = []
         while True:
             if not waiting:
@@ -231,8 +231,12 @@ def serve(config: RlConfig, host: str, port: int) -> None:
         import uvicorn
 
         logging.getLogger("uvicorn").setLevel(logging.WARNING)
-        options = uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=1)
+        http = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False))
+        thread = threading.Thread(target=http.run, kwargs={"sockets": [bound]}, daemon=True)
+        thread.start()
+        while thread.is_alive() and not http.started:
+            time.sleep(0.05)
         where = f"[{host}]" if ":" in host else host
         log.info("rollout server of %s: http://%s:%d", config.model.path, where, bound.getsockname()[1])
         with closing(server.engine):
-            uvicorn.Server(options).run(sockets=[bound])
+            server.work()
