@@ -156,11 +156,22 @@ def _report_run(config: DataRunConfig) -> Iterator[str]:
             _row(
                 "", f"in bfloat16 engine and trainer log-probs round differently, and {stops}: set it to {BF16_DIFF:g}"
             )
-        try:
-            _row("engine", ": ".join(choose_engine(config)))
-        except (ValueError, RuntimeError) as error:
-            _row("engine", config.rollout.engine, str(error))
-            yield str(error)
+        yield from _report_engine(config)
+
+
+def _report_engine(config: RlConfig) -> Iterator[str]:
+    """Servers are not asked: a run does that before its first step."""
+    if config.rollout.server:
+        missing = None if find_spec("httpx2") else "the package httpx2 is not installed: pip install 'longrl[server]'"
+        _row("engine", f"of servers: {', '.join(config.rollout.server.urls)}", missing)
+        if missing:
+            yield f"rollout.server: {missing}"
+        return
+    try:
+        _row("engine", ": ".join(choose_engine(config)))
+    except (ValueError, RuntimeError) as error:
+        _row("engine", config.rollout.engine, str(error))
+        yield str(error)
 
 
 def _files(config: DataRunConfig) -> Iterator[tuple[str, str | None, str | None]]:

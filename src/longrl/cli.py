@@ -111,6 +111,21 @@ def report(run: Annotated[Path, typer.Argument(help="A run directory of sft, rl 
     report_command(run)
 
 
+@app.command("rollout-server")
+def rollout_server(
+    config: Config,
+    host: Annotated[
+        str, typer.Option(help="Where to listen; other machines reach 0.0.0.0, and need a token.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free.")] = 8100,
+) -> None:
+    """Draw rollouts for runs that name this server in `rollout.server`."""
+    loaded = load_arguments(config, "rl")
+    from longrl.rollout.server import serve
+
+    serve(loaded, host, port)
+
+
 @app.command()
 def flow(config: Config) -> None:
     """Reinforcement learning of image and video generators."""

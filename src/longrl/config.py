@@ -16,6 +16,7 @@ from longrl.model_config import LoraConfig as LoraConfig
 from longrl.model_config import ModelConfig, Section
 from longrl.rollout_config import RolloutConfig as RolloutConfig
 from longrl.rollout_config import VllmConfig as VllmConfig
+from longrl.rollout_config import require_ahead
 from longrl.scoring_config import REWARD_PRESETS, Weights
 from longrl.scoring_config import ScoringConfig as ScoringConfig
 
@@ -186,6 +187,12 @@ class AnswerConfig(Section):
     scoring: ScoringConfig = ScoringConfig()
     eval: EvalConfig = EvalConfig()
 
+    @model_validator(mode="after")
+    def _servers_train(self) -> AnswerConfig:
+        if self.rollout.server and not isinstance(self, RlConfig):
+            raise ValueError("rollout.server is set, but servers draw the rollouts of `longrl rl` alone; leave it out")
+        return self
+
     @field_validator("rollout")
     @classmethod
     def _groups_differ(cls, rollout: RolloutConfig) -> RolloutConfig:
@@ -264,6 +271,7 @@ class RlConfig(AlgorithmConfig, JudgedConfig, TrainConfig):
     @model_validator(mode="after")
     def _answerable(self) -> RlConfig:
         require_answerable(self.algo, self.rollout.group_size, self.rewards)
+        require_ahead(self.rollout, self.algo, self.model, self.parallel.timeout_s)
         return self
 
     @model_validator(mode="after")

@@ -9,7 +9,7 @@ Further passes over the same prompts are made where an algorithm asks for them:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
@@ -22,11 +22,10 @@ from longrl.policy import Policy
 from longrl.registry import resolve
 from longrl.rewards.compose import Rewards
 from longrl.rollout.engine import Engine
-from longrl.runtime import seed_for
 from longrl.scoring import Scoring
 from longrl.totals import Totals
 from longrl.training import Batch, Share
-from longrl.types import Group, Scored
+from longrl.types import Group, Prefix, Scored
 from longrl.update import Cohort, update
 
 T = TypeVar("T")
@@ -98,9 +97,8 @@ class FirstUpdate:
         score = Scoring(self.rewards, config, share.ranks, part.totals, engine.time, self.reference)
         if self.with_shuffled:
             self._roll_shuffled(self.with_shuffled, score, step, share)
-        for groups, scored, prefix in score(
-            engine.rollout(share.examples, share.prompts, self._seeds("rollout", step, share))
-        ):
+        seeds = share.seeds(config.runtime.seed, "rollout", step)
+        for groups, scored, prefix in score(self._fresh(engine.rollout(share.examples, share.prompts, seeds))):
             if self.advantage.scope == "batch":
                 part.waiting.append((groups, scored))
             else:
@@ -111,20 +109,39 @@ class FirstUpdate:
 
     def _roll_shuffled(self, engine: Engine, score: Scoring, step: int, share: Share) -> None:
         """Only of prompts with a video. Those about the same one see the same order, and so share a prefix."""
-        seeds, names = self._seeds("shuffled", step, share), (self.config.runtime.seed, step)
+        names = (self.config.runtime.seed, step)
+        seeds = share.seeds(self.config.runtime.seed, "shuffled", step)
         media = [tuple(shuffled(one, *names) for one in prompt.media) for prompt in share.prompts]
         chosen = [
             (example, replace(prompt, media=changed), seed)
             for example, prompt, changed, seed in zip(share.examples, share.prompts, media, seeds, strict=True)
             if any(one is not before for one, before in zip(changed, prompt.media, strict=True))
         ]
-        if chosen:
-            examples, prompts, seeds = zip(*chosen, strict=True)
-            with torch.no_grad():
-                for groups, prefix in engine.rollout(examples, prompts, seeds):
-                    if prefix is not None:
-                        prefix.release()
-                    score.compare_with(groups)
+        examples, prompts, seeds = zip(*chosen, strict=True) if chosen else ((), (), ())
+        with torch.no_grad():
+            for groups, prefix in engine.rollout(examples, prompts, seeds):
+                if prefix is not None:
+                    prefix.release()
+                score.compare_with(groups)
+
+    def _fresh(
+        self, cohorts: Iterable[tuple[tuple[Group, ...], Prefix | None]]
+    ) -> Iterator[tuple[tuple[Group, ...], Prefix | None]]:
+        """The same.
+
+        Raises:
+            RuntimeError: rollouts of weights that are older than `rollout.max_staleness` allows, or not yet there.
+        """
+        version, most = self.engine.policy.version, self.config.rollout.max_staleness
+        for groups, prefix in cohorts:
+            for group in groups:
+                drawn_by = min(one.policy_version for one in group.rollouts)
+                if not 0 <= version - drawn_by <= most:
+                    raise RuntimeError(
+                        f"group {group.id}: rollouts of weights version {drawn_by}, the policy's is {version}, and "
+                        f"rollout.max_staleness {most}; the weights were not changed"
+                    )
+            yield groups, prefix
 
     def _compare_all(self, parts: Sequence[Part]) -> None:
         """Advantages over the whole step, then its gradients."""
@@ -152,7 +169,3 @@ class FirstUpdate:
     def _share_with(self, share: Share) -> None:
         for one in (self.engine.policy, self.reference) if self.reference else (self.engine.policy,):
             one.share_with(share.ranks.sp)
-
-    def _seeds(self, name: str, step: int, share: Share) -> list[int]:
-        named = zip(share.epochs, share.examples, strict=True)
-        return [seed_for(self.config.runtime.seed, name, step, epoch, example.id) for epoch, example in named]

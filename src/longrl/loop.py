@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Generic, NoReturn, TypeVar
 
 from longrl.config import TrainConfig
 from longrl.flow_config import FlowConfig
@@ -49,8 +49,11 @@ class Loop(ABC, Generic[C]):
         if stop or self.is_due(step, self.config.checkpoint.every_steps):
             self._save(step)
         if stop and step < self.config.steps:
-            self.ranks.from_main(lambda: None)  # who starts the ranks may end all as soon as one leaves: not before
-            raise Stopped(f"stopped after step {step} of {self.config.steps} and saved; start it again to go on")
+            self._stop("stopped", step)
+
+    def _stop(self, why: str, step: int) -> NoReturn:
+        self.ranks.from_main(lambda: None)  # who starts the ranks may end all as soon as one leaves: not before
+        raise Stopped(f"{why} after step {step} of {self.config.steps} and saved; start it again to go on")
 
     @abstractmethod
     def _save(self, step: int) -> None:

@@ -23,7 +23,7 @@ CHECKPOINTS = "checkpoints"
 _FREE = (
     *("parallel.", "processes.", "memory.", "cache.", "model.device", "algo.offload_reference"),
     *("gradient_checkpointing", "sampling.max_rows"),
-    *("rollout.prompts_in_flight", "rollout.max_streams"),
+    *("rollout.prompts_in_flight", "rollout.max_streams", "rollout.server"),
     *("scoring.workers", "scoring.timeout_s", "scoring.memory_gib", "scoring.max_failures"),
     *("judge.limits.", "judge.dir", "judge.budget_usd"),
     *("scorers.vlm.limits.", "scorers.vlm.dir", "scorers.vlm.budget_usd", "scorers.ocr.threads"),

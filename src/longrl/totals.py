@@ -35,6 +35,8 @@ class Totals:
     trained_tokens: int = 0
     logprob_diff: float | None = None
     """Largest; None: nothing was compared."""
+    stale_logprob_diff: float | None = None
+    """Likewise, of rollouts that older weights than the policy's drew."""
     means: dict[str, Mean] = field(default_factory=lambda: defaultdict(Mean))
     """Over rollouts or groups."""
     token_sums: dict[str, float] = field(default_factory=lambda: defaultdict(float))
@@ -60,8 +62,8 @@ class Totals:
         for mine, theirs in ((self.token_sums, part.token_sums), (self.sums, part.sums)):
             for name, value in theirs.items():
                 mine[name] += value
-        compared = (diff for diff in (self.logprob_diff, part.logprob_diff) if diff is not None)
-        self.logprob_diff = max(compared, default=None)
+        self.logprob_diff = _largest(self.logprob_diff, part.logprob_diff)
+        self.stale_logprob_diff = _largest(self.stale_logprob_diff, part.stale_logprob_diff)
 
     @property
     def kept(self) -> int:
@@ -90,4 +92,9 @@ class Totals:
             **self.counts,
             **{name: value / self.trained_tokens for name, value in self.token_sums.items()},
             "sampling/logprob_diff": self.logprob_diff,
+            **({} if self.stale_logprob_diff is None else {"sampling/stale_logprob_diff": self.stale_logprob_diff}),
         }
+
+
+def _largest(*values: float | None) -> float | None:
+    return max((value for value in values if value is not None), default=None)

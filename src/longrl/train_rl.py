@@ -23,6 +23,7 @@ from longrl.parallel.ranks import ALONE, Ranks
 from longrl.policy import load_reference
 from longrl.registry import resolve
 from longrl.rewards.compose import build_rewards
+from longrl.rollout.ahead import Ahead
 from longrl.rollout.engine import build_engine
 from longrl.totals import Totals
 from longrl.training import Training
@@ -67,11 +68,16 @@ def train_rl(config: RlConfig, ranks: Ranks = ALONE) -> Path:
         if count := config.algo.shuffled_rollouts:
             with_shuffled = engine.resampled(config.rollout.model_copy(update={"group_size": count}))
         first_update = FirstUpdate(engine, with_shuffled, reference, rewards, config)
+        ahead = Ahead(engine, training, examples) if config.rollout.max_staleness else None
+        training.pending = ahead and ahead.pending
         for step in training.steps_left():
             with metrics.step(step):
                 with metrics.time("media"):
                     batch = training.draw(examples, step)
-                parts = first_update(step, batch, partial(training.refill, examples, step))
+                with training.kept(step - 1):
+                    if ahead:
+                        ahead(step, batch)
+                    parts = first_update(step, batch, partial(training.refill, examples, step))
                 with metrics.time("optimizer"):
                     count = sum(gather(parts, lambda part: part.totals.denominator))
                     norm, lr = training.update(step, count, batch.ids)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -23,10 +24,14 @@ from longrl.parallel.gradients import sum_gradients
 from longrl.parallel.ranks import ALONE, Ranks
 from longrl.parallel.shard import whole
 from longrl.policy import load_policy
+from longrl.rollout.client import ServerLostError
 from longrl.runtime import CHECKPOINTS, seed_for, start_run
 from longrl.types import Example, Prompt
 
 T = TypeVar("T")
+
+ROLLOUTS = "rollouts.json"
+"""Beside the optimizer state."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,6 +44,12 @@ class Share:
     """Of each example: a step across the end of an epoch can hold one twice."""
     examples: list[Example]
     prompts: list[Prompt]
+
+    def seeds(self, seed: int, name: str, step: int) -> list[int]:
+        """Of each example's noise."""
+        return [
+            seed_for(seed, name, step, e, example.id) for e, example in zip(self.epochs, self.examples, strict=True)
+        ]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,6 +89,10 @@ class Training(Loop[TrainConfig]):
         )
         self.build = PromptBuilder(self.policy.family, config.cache, skips, ranks, *limit)
         self.done, self.sharded = 0, config.parallel.shard
+        self.rollouts: str | None = None
+        """Of the step that follows what is done, where they were drawn before it: see rollout/ahead.py."""
+        self.pending: Callable[[], str | None] | None = None
+        """Gives them, when a checkpoint is written."""
         self._passing: set[str] = set()
         """Keys of a step's embeddings that no other step can use."""
         if latest:
@@ -85,6 +100,9 @@ class Training(Loop[TrainConfig]):
             read_optimizer(self.optimizer.adamw, latest.trainer_path)
             skips.names.update(latest.state["skipped"])
             self.done = self.policy.version = latest.step
+            if (path := latest.trainer_path / ROLLOUTS).exists():
+                self.rollouts = path.read_text()
+        self._saved = self.done
 
     def draw(self, examples: Sequence[Example], step: int) -> Batch:
         """This rank's shares of a step, its media embedded."""
@@ -139,14 +157,42 @@ class Training(Loop[TrainConfig]):
         self.policy.version = step
         return norm, lr
 
+    @contextmanager
+    def kept(self, step: int) -> Iterator[None]:
+        """Inside, after the steps up to this one, servers are asked for rollouts. All ranks do so, and lose them alike.
+
+        Raises:
+            Stopped: a server was lost; the run is saved.
+        """
+        try:
+            yield
+        except ServerLostError as error:
+            if step == 0:
+                raise
+            if step > self._saved:
+                self._write(step)
+            self._stop(f"{error}; stopped", step)
+
     def _save(self, step: int) -> None:
+        with self.kept(step):
+            rollouts = self.pending() if self.pending else None
+        self._write(step, rollouts)
+
+    def _write(self, step: int, rollouts: str | None = None) -> None:
         """The main rank saves; those that it shares the weights with hand over theirs, and write their own part of the
         optimizer state."""
+        self._saved = step
         if self.ranks.dp_rank:
             return
         self.policy.reshard()
         if self.ranks.is_main:
-            self.checkpoints.save(step, self._write_model, self._write_optimizer, {"skipped": self.skips.names})
+
+            def write_trainer(folder: Path) -> None:
+                self._write_optimizer(folder)
+                if rollouts is not None:
+                    (folder / ROLLOUTS).write_text(rollouts)
+
+            self.checkpoints.save(step, self._write_model, write_trainer, {"skipped": self.skips.names})
         elif self.sharded:
             self._write_optimizer(None)
             self._write_model(None)

@@ -131,35 +131,42 @@ def engine_logprobs(streams: Streams, scored: Sequence[Scored]) -> Tensor:
 def _backward(policy: Policy, cohort: Cohort, prefix: Prefix, config: RlConfig, totals: Totals) -> Tensor:
     """Returns the log-probs [N, R] under the current weights."""
     seen: list[Tensor] = []
-    loss = _loss(cohort, config, totals, seen)
+    loss = _loss(cohort, config, totals, seen, policy.version)
     learns = config.algo.entropy_coef > 0
     policy.backward(prefix, cohort.streams, loss, config.rollout.temperature, entropy_learns=learns)
     return torch.cat(seen)
 
 
-def _loss(cohort: Cohort, config: RlConfig, totals: Totals, seen: list[Tensor]) -> StreamLoss:
-    """The loss of a cohort's streams, which it checks before they are differentiated, and whose log-probs it notes."""
+def _loss(cohort: Cohort, config: RlConfig, totals: Totals, seen: list[Tensor], version: int) -> StreamLoss:
+    """The loss of a cohort's streams, which it checks before they are differentiated, and whose log-probs it notes.
+
+    version: of the policy.
+    """
     streams, rows = cohort.streams, cohort.rows
     engine = engine_logprobs(streams, [one for _, one in rows])
     advantages = torch.tensor([one.advantage for _, one in rows], dtype=torch.float64)
     advantages = advantages[:, None].expand(streams.mask.shape)
     ids = sorted({group.id for group, _ in rows})
+    is_stale = any(one.rollout.policy_version != version for _, one in rows)
 
     def loss(logprobs: Tensor, entropy: Tensor, part: slice) -> Tensor:
         mask, current = streams.mask[part], logprobs.detach()
         if cohort.old_logprobs is None:
             difference = (current - engine[part])[mask].abs().max().item()
-            if not difference <= config.algo.max_logprob_diff:  # true of NaN too
+            if is_stale:  # other weights
+                totals.stale_logprob_diff = max(totals.stale_logprob_diff or 0.0, difference)
+            elif not difference <= config.algo.max_logprob_diff:  # true of NaN too
                 raise RuntimeError(
                     f"engine and trainer log-probs differ by {difference:.2e}, more than algo.max_logprob_diff "
                     f"{config.algo.max_logprob_diff:g} (groups {', '.join(ids)}); the weights were not changed. If the "
                     "engine computes in another precision, set algo.correction and raise the bound"
                 )
-            totals.logprob_diff = max(totals.logprob_diff or 0.0, difference)
+            else:
+                totals.logprob_diff = max(totals.logprob_diff or 0.0, difference)
         seen.append(current)
         inputs = LossInputs(
             logprobs=logprobs,
-            # in the first update the sampling policy is the current one
+            # in the first update ratios are to the current policy: it sampled, or algo.correction weighs how near it is
             old_logprobs=current if cohort.old_logprobs is None else cohort.old_logprobs[part],
             ref_logprobs=None if cohort.ref_logprobs is None else cohort.ref_logprobs[part],
             rollout_logprobs=engine[part],

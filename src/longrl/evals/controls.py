@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
 
 from longrl.runtime import seed_for
 from longrl.types import Clip, Example, MediaEmbeds
+
+_MARK = "shuffled"
+"""In the keys of media that are."""
 
 
 def without_video(example: Example, media: tuple[MediaEmbeds, ...]) -> tuple[Example, tuple[MediaEmbeds, ...]]:
@@ -38,5 +42,12 @@ def shuffled(media: MediaEmbeds, *names: int | str) -> MediaEmbeds:
         return x.unflatten(dim, (grids, -1)).index_select(dim, order).flatten(dim, dim + 1)
 
     deepstack = None if media.deepstack is None else permuted(media.deepstack, 1)
-    key = ":".join(map(str, (media.key, "shuffled", *names)))
+    key = ":".join(map(str, (media.key, _MARK, *names)))
     return replace(media, embeds=permuted(media.embeds, 0), deepstack=deepstack, key=key)
+
+
+def shuffled_by_key(key: str, read: Callable[[str], MediaEmbeds | None]) -> MediaEmbeds | None:
+    """What has such a key: as `read` gives it, or shuffled, by numbers alone; None: `read` gives nothing."""
+    plain, *names = key.split(":")
+    media = read(plain)
+    return media if media is None or not names else shuffled(media, *map(int, names[1:]))

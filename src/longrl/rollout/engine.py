@@ -43,7 +43,7 @@ class Engine(Protocol):
         """
         ...
 
-    def resampled(self, config: RolloutConfig) -> Engine:
+    def resampled(self, config: RolloutConfig, *, greedy: bool = False) -> Engine:
         """An engine of the same weights that samples otherwise; closed with this one."""
         ...
 
@@ -68,6 +68,10 @@ def build_engine(
         ValueError: the engine asked for cannot do what the configuration needs.
         RuntimeError: it is not installed, or does not start.
     """
+    if config.rollout.server:
+        from longrl.rollout.remote import RemoteEngine
+
+        return RemoteEngine(config, policy, time, ranks, greedy=greedy)
     name, why = choose_engine(config)
     if ranks.is_main and config.rollout.engine != "native":
         log.info("rollouts by the engine %s: %s", name, why)

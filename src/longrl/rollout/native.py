@@ -76,8 +76,8 @@ class NativeEngine:
         greedy = rollouts[count] if self.greedy else None
         return Group(id=example.id, example=example, prompt=prompt, rollouts=tuple(rollouts[:count]), greedy=greedy)
 
-    def resampled(self, config: RolloutConfig) -> NativeEngine:
-        return type(self)(self.policy, config, self.time)
+    def resampled(self, config: RolloutConfig, *, greedy: bool = False) -> NativeEngine:
+        return type(self)(self.policy, config, self.time, greedy=greedy)
 
     def update_weights(self) -> None:
         """They are the policy's own."""

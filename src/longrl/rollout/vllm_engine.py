@@ -52,8 +52,8 @@ class VllmEngine:
         for members in cohorts(prompts):
             yield tuple(self._make_group(examples[i], prompts[i], drawn[i]) for i in members), None
 
-    def resampled(self, config: RolloutConfig) -> VllmEngine:
-        return VllmEngine(self.policy, config, self.time, self.ranks, self.vllm)
+    def resampled(self, config: RolloutConfig, *, greedy: bool = False) -> VllmEngine:
+        return VllmEngine(self.policy, config, self.time, self.ranks, self.vllm, greedy=greedy)
 
     def update_weights(self) -> None:
         with self.time("weights"):
