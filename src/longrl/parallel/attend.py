@@ -86,32 +86,36 @@ def decode_parts(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The same, in the type of the keys, fp32 at least; and the log-sum-exps [N, H, new] of the two segments: the
     prefix, and a stream's own."""
-    kv_heads = k.shape[1]
-    parts = [
-        [unfold(x, part) for x in flash(fold(part, kv_heads), far_k[None], far_v[None], False, scale)]
-        for part, (far_k, far_v) in zip(q.split(list(sizes)), prefixes, strict=True)
-        if len(part)
-    ]
+    kv_heads, new = k.shape[1], q.shape[2]
+    q = q.unflatten(1, (kv_heads, -1)).flatten(2, 3)  # the query heads of one KV head: [N, KV, rep * new, d]
+    followed = zip(q.split(list(sizes)), prefixes, strict=True)
+    parts = [_attend_far(part, *prefix, scale) for part, prefix in followed if len(part)]
     far, far_lse = parts[0] if len(parts) == 1 else (torch.cat(x) for x in zip(*parts, strict=True))
     near, near_lse = _attend_own(q.to(k.dtype), k, v, hidden, scale)
     weight = (near_lse - far_lse).sigmoid_()[..., None]  # exp near_lse / (exp near_lse + exp far_lse)
-    return torch.lerp(far.to(weight.dtype), near.to(weight.dtype), weight), far_lse, near_lse
+    out = torch.lerp(far.to(weight.dtype), near.to(weight.dtype), weight)
+    out, far_lse, near_lse = (x.unflatten(2, (-1, new)).flatten(1, 2) for x in (out, far_lse, near_lse))
+    return out, far_lse, near_lse
+
+
+def _attend_far(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """q [N, KV, R, d] of streams that follow one prefix k, v [KV, P, d]: out [N, KV, R, d], log-sum-exp [N, KV, R]."""
+    count = len(q)
+    out, lse = flash(q.transpose(0, 1).flatten(1, 2)[None], k[None], v[None], False, scale)
+    return out[0].unflatten(1, (count, -1)).transpose(0, 1), lse[0].unflatten(1, (count, -1)).transpose(0, 1)
 
 
 def _attend_own(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
-    """The streams' own part of attend_decode: out [N, H, new, d], log-sum-exp [N, H, new]; of a token that sees no key
-    0 and -inf."""
-    kv_heads, new = k.shape[1], q.shape[2]
-    q = q.unflatten(1, (kv_heads, -1)).flatten(2, 3)  # the query heads of one KV head: [N, KV, rep * new, d]
+    """q [N, KV, rep * new, d] of the streams to their own keys: out, and log-sum-exp; of a token that sees no key 0 and
+    -inf."""
     if hidden is None:
-        out, lse = flash(q, k, v, False, scale)
-    else:
-        logits = (q @ k.transpose(2, 3) * scale).unflatten(2, (-1, new)).masked_fill(hidden[:, None, None], -torch.inf)
-        logits = logits.flatten(2, 3).to(torch.promote_types(q.dtype, torch.float32))
-        lse = logits.logsumexp(-1)
-        weights = (logits - lse[..., None].clamp_min(torch.finfo(lse.dtype).min)).exp_()
-        out = weights.to(v.dtype) @ v
-    return out.unflatten(2, (-1, new)).flatten(1, 2), lse.unflatten(2, (-1, new)).flatten(1, 2)
+        return flash(q, k, v, False, scale)
+    logits = q @ k.transpose(2, 3) * scale
+    logits = logits.unflatten(2, (-1, hidden.shape[1])).masked_fill(hidden[:, None, None], -torch.inf)
+    logits = logits.flatten(2, 3).to(torch.promote_types(q.dtype, torch.float32))
+    lse = logits.logsumexp(-1)
+    weights = (logits - lse[..., None].clamp_min(torch.finfo(lse.dtype).min)).exp_()
+    return weights.to(v.dtype) @ v, lse
 
 
 def merge(out: Tensor, lse: Tensor, more: Tensor, more_lse: Tensor) -> tuple[Tensor, Tensor]:
