@@ -81,7 +81,7 @@ class NativeEngine:
         with self.time("decode"), self.policy.gathered():
             return self._decode_in_turns([prefix], [prompts], seeds)
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def _decode_in_turns(
         self, prefixes: Sequence[Prefix], prompts: Sequence[Sequence[Prompt]], seeds: Sequence[int]
     ) -> list[list[Rollout]]:
@@ -96,7 +96,6 @@ class NativeEngine:
         turns = [slice(start, start + size) for start in range(0, len(asked), size)]
         return [group for turn in turns for group in self._decode(asked[turn], seeds[turn])]
 
-    @torch.no_grad()
     def _decode(self, asked: Sequence[tuple[Prefix, Prompt]], seeds: Sequence[int]) -> list[list[Rollout]]:
         """asked: the prompts, each with the prefix that it continues; those of one prefix stand together.
 
@@ -134,8 +133,7 @@ class NativeEngine:
             going = lengths[rows] == limit
             if t + 1 == limit or not going.any():
                 break
-            kept = _at_least(MIN_ROWS, going)
-            if kept.sum() <= COMPACT_BELOW * len(rows):
+            if len(rows) > MIN_ROWS and (kept := _at_least(MIN_ROWS, going)).sum() <= COMPACT_BELOW * len(rows):
                 own.keep(kept)
                 rows, drawn = rows[kept], drawn[kept]
             position_ids = (next_position[rows] + t).expand(axes, -1)[..., None]
