@@ -1,11 +1,11 @@
 """Times the two engines (`rollout.engine`) at several prompt lengths and numbers of rollouts.
 
-    .venv-vllm/bin/python benchmarks/engines.py > docs/engines.jsonl      (after make test-vllm)
+    PYTHONPATH=tests/vllm/site .venv-vllm/bin/python benchmarks/engines.py > docs/engines.jsonl   (after make test-vllm)
 
-A text twin with random weights, fp32, one thread; every response has its full length. Seconds of a step up to the
-update: of the built-in engine prefill and decoding; of vLLM drawing, prefill included, the prefixes that the update
-must then compute (the built-in engine hands over its own), and new weights. The engines take turns, and each one's
-fastest run counts. Prints JSON.
+A text twin with random weights, fp32, one thread; every response has its full length. Seconds of the processor, of a
+step up to the update: of the built-in engine prefill and decoding; of vLLM drawing, prefill included, the prefixes that
+the update must then compute (the built-in engine hands over its own), and new weights. Other work on the machine only
+adds: the engines take turns, and each one's fastest run counts. Prints JSON.
 """
 
 from __future__ import annotations
@@ -13,10 +13,8 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import runpy
 import time
 from contextlib import nullcontext
-from pathlib import Path
 
 import torch
 
@@ -28,9 +26,6 @@ from longrl.rollout.native import NativeEngine
 from longrl.rollout.vllm_engine import VllmEngine, start_vllm
 from longrl.types import Example, Prompt
 
-SITE = Path(__file__).parents[1] / "tests" / "vllm" / "site"
-"""Which lets the CPU build of vLLM start."""
-
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -40,16 +35,14 @@ def main() -> None:
     parser.add_argument("--response-tokens", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=2)
     asked = parser.parse_args()
-    kept = runpy.run_path(str(SITE / "sitecustomize.py"))
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(SITE), os.environ.get("PYTHONPATH"))))
-    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
+    os.environ |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "0"}
     torch.set_num_threads(1)
     sampling = {"group_size": asked.group_size, "max_new_tokens": asked.response_tokens, "prompts_in_flight": 8}
     config = RlConfig.model_validate(
         {"run_dir": "run", "model": {"path": "tiny:qwen2"}, "steps": 1, "rollout": {"engine": "vllm", **sampling}}
     )
     family = load_family(config.model)
-    family.model.generation_config.eos_token_id = [-1]  # pyright: ignore (nothing ends a response early)
+    family.model.generation_config.eos_token_id = []  # pyright: ignore (nothing ends a response early)
     policy = Policy(family)
     vllm = start_vllm(config, policy, lambda _: nullcontext(), ALONE, greedy=False)
     native = NativeEngine(policy, config.rollout)
@@ -63,7 +56,6 @@ def main() -> None:
             row |= dict(zip(("draw_s", "prefix_s", "weights_s"), (round(x, 3) for x in theirs), strict=True))
             print(json.dumps(row), flush=True)
     vllm.close()
-    del kept
 
 
 def make_prompts(count: int, length: int) -> list[Prompt]:
@@ -86,20 +78,20 @@ def ask(engine: NativeEngine | VllmEngine, prompts: list[Prompt]) -> None:
 
 
 def native_s(engine: NativeEngine, prompts: list[Prompt]) -> float:
-    began = time.perf_counter()
+    began = time.process_time()
     ask(engine, prompts)
-    return time.perf_counter() - began
+    return time.process_time() - began
 
 
 def vllm_s(engine: VllmEngine, prompts: list[Prompt]) -> tuple[float, float, float]:
-    times = [time.perf_counter()]
+    times = [time.process_time()]
     ask(engine, prompts)
-    times.append(time.perf_counter())
+    times.append(time.process_time())
     for prompt in prompts:
         engine.policy.prefix([prompt]).release()
-    times.append(time.perf_counter())
+    times.append(time.process_time())
     engine.update_weights()
-    times.append(time.perf_counter())
+    times.append(time.process_time())
     return times[1] - times[0], times[2] - times[1], times[3] - times[2]
 
 

@@ -260,10 +260,9 @@ def _engines(rows: list[Row]) -> list[str]:
     lines = [
         "## Engines",
         "",
-        f"`.venv-vllm/bin/python benchmarks/engines.py > docs/engines.jsonl`: {rows[0]['response_tokens']} tokens a "
-        "rollout, a text twin, one",
-        "thread. Seconds of a step up to the update; of vLLM with the prefixes that the update then computes, and new",
-        "weights.",
+        "`PYTHONPATH=tests/vllm/site .venv-vllm/bin/python benchmarks/engines.py > docs/engines.jsonl`:",
+        f"{rows[0]['response_tokens']} tokens a rollout, a text twin, one thread. Seconds of the processor, of a step",
+        "up to the update; of vLLM with the prefixes that the update then computes, and new weights.",
         "",
         "| prompt tokens | prompts x G | native s | vLLM s | of that drawing | prefixes | weights | native / vLLM |",
         "|---|---|---|---|---|---|---|---|",

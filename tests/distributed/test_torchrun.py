@@ -25,12 +25,12 @@ from tests.e2e.conftest import rl_config
 pytestmark = pytest.mark.distributed
 
 
-def torchrun(root: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
+def torchrun(root: Path, *arguments: object, timeout_s: float = 120) -> subprocess.CompletedProcess[str]:
     """On two processes; `tests` can be imported there."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "longrl"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.run(
-        [*command, *map(str, arguments)], cwd=root, capture_output=True, text=True, timeout=120, env=environment
+        [*command, *map(str, arguments)], cwd=root, capture_output=True, text=True, timeout=timeout_s, env=environment
     )
 
 

@@ -17,7 +17,15 @@ from longrl.plan.shapes import shape_of
 from longrl.policy import Policy
 from longrl.rollout import vllm_rules
 from longrl.rollout.vllm_inputs import media_items, media_rows
-from longrl.rollout.vllm_rules import choose_engine, lora_room, max_model_len, refusal, require_room, require_version
+from longrl.rollout.vllm_rules import (
+    choose_engine,
+    lora_room,
+    max_model_len,
+    refusal,
+    require_media_room,
+    require_room,
+    require_version,
+)
 from longrl.rollout.vllm_weights import decoder_weights, save_adapters
 from tests.parity.test_shared_prefix import make_prompts
 
@@ -96,6 +104,16 @@ def test_room_is_computed_or_refused_with_arithmetic():
         require_room("q", 76, 24, 99)
 
 
+def test_a_clip_for_which_there_is_no_room_is_refused():
+    require_media_room("q", [5, 9], 9)
+    require_media_room("q", [5, 9], 0)  # VILA's stand in the prompt
+    require_media_room("q", [], 9)
+    with pytest.raises(
+        ValueError, match=r"example q: a clip of 10 embeddings, but vLLM has room for 9; set data.max_p"
+    ):
+        require_media_room("q", [5, 10], 9)
+
+
 def test_adapters_get_the_least_room_that_holds_them():
     assert [lora_room(rank) for rank in (1, 2, 8, 9, 512)] == [1, 8, 8, 16, 512]
 
@@ -157,8 +175,10 @@ def test_rows_fill_placeholders_and_the_model_looks_up_the_rest():
 def test_weights_are_the_decoders_under_hugging_face_names():
     for family, first in ((Vila.tiny(0, torch.float32), "model."), (Qwen25VL.tiny(0, torch.float32), "model.language")):
         given = dict(decoder_weights(Policy(family)))
-        assert all(name.startswith(first) for name in given)  # the head is the embedding: it comes once
+        head = given.pop("lm_head.weight")  # which is the embedding
+        assert all(name.startswith(first) for name in given)
         assert len(given) == len(list(Policy(family).trunk.parameters()))
+        assert any(head.data_ptr() == x.data_ptr() for x in given.values())
         assert all(x.requires_grad is False for x in given.values())
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -136,6 +136,14 @@ def check_greedy(both: Both, groups: list[Group]) -> None:
         assert theirs.greedy is not None
         assert ours.greedy.token_ids == theirs.greedy.token_ids
         assert ours.greedy.text == theirs.greedy.text
+
+
+def test_prompts_that_are_more_than_a_batch_are_not_cut(both):
+    """vLLM prefills 4,096 tokens at a time, and cannot cut a seeded request there on a CPU."""
+    rest = torch.randint(8, 256, (3000,), generator=torch.Generator().manual_seed(2)).tolist()
+    prompts = [prompt.followed_by(rest[i:]) for i, prompt in enumerate(both.prompts)]
+    longer = replace(both, prompts=prompts)
+    assert farthest(longer, longer.ask(longer.vllm)) < BOUND
 
 
 def test_an_engine_of_the_same_weights_samples_otherwise(both):

@@ -54,6 +54,12 @@ class Qwen25VL(Text):
         family.files = family.files or cls.processor_files(family.model.config.vision_config, cls.limits)
         return family
 
+    def describe(self, path: Path) -> None:
+        super().describe(path)
+        # an engine gets no pixels, but makes up a picture within the limits: a twin's may have no side
+        for name, text in self.processor_files(self.model.config.vision_config, self.limits).items():
+            (path / name).write_text(text)
+
     @classmethod
     def processor_files(cls, vision: Any, limits: dict[str, tuple[int, int]]) -> dict[str, str]:
         return make_processor_files(vision, limits["video"], limits["image"])

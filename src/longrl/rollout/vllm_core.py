@@ -20,13 +20,23 @@ from longrl.parallel.ranks import Ranks
 from longrl.policy import Policy
 from longrl.rollout.vllm_inputs import engine_input
 from longrl.rollout.vllm_rules import installed, lora_room, max_model_len, require_version
-from longrl.rollout.vllm_weights import decoder_weights, save_adapters
+from longrl.rollout.vllm_weights import decoder_weights, save_adapters, untie
 from longrl.types import Prompt
 
 log = logging.getLogger(__name__)
 
+BATCHED_TOKENS = 8192
+"""Tokens that are prefilled at a time, at least."""
 CPU_BLOCK_TOKENS = 32
 """Tokens of keys and values that are shared or not shared as one: what the CPU's kernels take."""
+
+
+QUIET = {
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_LOGGING_STREAM": "ext://sys.stderr",
+}
+"""Set in the environment, unless they are there."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,9 +71,13 @@ class Vllm:
         """Of the weights; None: there are none yet."""
         self.folder = tempfile.TemporaryDirectory(prefix="longrl-vllm-")
         family.describe(Path(self.folder.name, "model"))
+        untie(Path(self.folder.name, "model", "config.json"))
         self.llm = _start(self._arguments(config, name, policy))
         self.room: int = self.llm.llm_engine.model_config.max_model_len
-        self._asleep, self._adapter, self._count = False, None, 0
+        self.media_room: int = self.llm.llm_engine.input_processor.mm_encoder_cache_size
+        """Rows of one clip; 0: it takes no media apart from the prompt."""
+        self._asleep: set[str] = set()
+        self._adapter, self._count = None, 0
 
     def _arguments(self, config: RlConfig, dtype: str, policy: Policy) -> dict[str, Any]:
         asked, lora = config.rollout.vllm, config.model.lora
@@ -83,11 +97,14 @@ class Vllm:
             "enable_sleep_mode": self.sleeps,
         }
         if not self.on_gpu:
-            given["block_size"] = CPU_BLOCK_TOKENS
+            # a seeded request whose prefill is cut would have its generator set back, which the CPU's cannot be
+            given |= {"block_size": CPU_BLOCK_TOKENS, "enable_chunked_prefill": False}
         if policy.family.placeholders and policy.family.decoder_prefix:
             given["enable_prompt_embeds"] = True
         elif policy.family.placeholders:
             given |= {"enable_mm_embeds": True, "skip_mm_profiling": True, "mm_processor_cache_gb": 0}
+            if self.on_gpu and (longest := config.data.max_prompt_tokens) is not None:
+                given["max_num_batched_tokens"] = max(BATCHED_TOKENS, longest)  # then a clip of any length has room
         if lora:
             given |= {"enable_lora": True, "max_lora_rank": lora_room(lora.rank), "max_loras": 1}
         if self.ranks.size > 1:
@@ -99,12 +116,13 @@ class Vllm:
 
     def load(self, policy: Policy) -> None:
         """Takes over the policy's weights, of adapters the adapters alone after the first time. All ranks call it."""
-        self._wake()
+        self._wake("weights")
         if self.version is None or not self.lora:
             self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": decoder_weights(policy)})
         if self.lora:
             self._load_adapters(policy)
-        for reset in (self.llm.reset_prefix_cache, self.llm.reset_mm_cache, self.llm.reset_encoder_cache):
+        engine = self.llm.llm_engine
+        for reset in (engine.reset_prefix_cache, engine.reset_mm_cache, engine.reset_encoder_cache):
             reset()
         self.version = policy.version
 
@@ -130,7 +148,7 @@ class Vllm:
         from vllm import SamplingParams  # pyright: ignore[reportMissingImports]
 
         assert self.version is not None, "vLLM was asked before it had weights"
-        self._wake()
+        self._wake("weights", "kv_cache")
         engine = self.llm.llm_engine
         for i, (prompt, ones) in enumerate(zip(prompts, seeds, strict=True)):
             given = engine_input(prompt, self.model_type, self.width, self.dtype)  # one copy for the group
@@ -152,7 +170,7 @@ class Vllm:
                     found[output.request_id] = _drawn(output.outputs[0], self.version)
         if self.sleeps:
             self.llm.sleep(level=1)
-            self._asleep = True
+            self._asleep = {"weights", "kv_cache"}
         return [[found[f"{i}/{k}"] for k in range(len(ones))] for i, ones in enumerate(seeds)]
 
     def prefix_hits(self) -> tuple[int, int]:
@@ -164,10 +182,10 @@ class Vllm:
         self.llm.llm_engine.engine_core.shutdown()
         self.folder.cleanup()
 
-    def _wake(self) -> None:
-        if self._asleep:
-            self.llm.wake_up()
-            self._asleep = False
+    def _wake(self, *parts: str) -> None:
+        if waking := self._asleep.intersection(parts):
+            self.llm.wake_up(tags=sorted(waking))
+            self._asleep -= waking
 
 
 def _start(arguments: dict[str, Any]) -> Any:
@@ -175,7 +193,8 @@ def _start(arguments: dict[str, Any]) -> Any:
     Raises:
         RuntimeError: it does not start.
     """
-    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # weights are handed over in memory
     set_num_threads = torch.set_num_threads
     try:

@@ -10,7 +10,7 @@ from longrl.models.streams import cohorts
 from longrl.parallel.ranks import Ranks
 from longrl.policy import Policy
 from longrl.rollout.vllm_core import Drawn, Vllm
-from longrl.rollout.vllm_rules import require_room
+from longrl.rollout.vllm_rules import require_media_room, require_room
 from longrl.runtime import seed_for
 from longrl.types import Example, Group, Prompt, Rollout
 
@@ -41,6 +41,7 @@ class VllmEngine:
     ) -> Iterator[tuple[tuple[Group, ...], None]]:
         for example, prompt in zip(examples, prompts, strict=True):
             require_room(example.id, len(prompt), self.config.max_new_tokens, self.vllm.room)
+            require_media_room(example.id, [len(media.embeds) for media in prompt.media], self.vllm.media_room)
         streams: list[list[int | None]] = [[seed_for(seed, g) for g in range(self.config.group_size)] for seed in seeds]
         if self.greedy:
             streams = [[*some, None] for some in streams]

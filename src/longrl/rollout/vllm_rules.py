@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 
 from longrl.config import RlConfig
@@ -50,7 +51,7 @@ def refusal(config: RlConfig, shape: ModelShape | None) -> str | None:
         shape: of the model; None: not known.
     """
     if shape is not None and shape.audio is not None:
-        return "the model hears, and vLLM gives what it hears other positions than the trainer; set it to native"
+        return "the model hears, and vLLM takes no embeddings of sound, only its features; set it to native"
     if config.parallel.sp == "auto":
         return "parallel.sp is auto, but its processes are laid out once; set parallel.sp to a number"
     if config.model.dtype == "float64" and config.rollout.vllm.dtype is None:
@@ -117,6 +118,22 @@ def require_room(example_id: str, prompt_tokens: int, new_tokens: int, room: int
             f"example {example_id}: {prompt_tokens} prompt tokens + {new_tokens} new ones (rollout.max_new_tokens) = "
             f"{prompt_tokens + new_tokens}, but vLLM has room for {room}: raise rollout.vllm.max_model_len or "
             "gpu_memory_utilization, or set data.max_prompt_tokens to leave such examples out"
+        )
+
+
+def require_media_room(example_id: str, rows: Sequence[int], room: int) -> None:
+    """
+    Args:
+        rows: of each clip.
+        room: 0: there is no such bound.
+
+    Raises:
+        ValueError: vLLM has no room for the embeddings of a clip.
+    """
+    if room and max(rows, default=0) > room:
+        raise ValueError(
+            f"example {example_id}: a clip of {max(rows)} embeddings, but vLLM has room for {room}; set "
+            "data.max_prompt_tokens to the longest prompt, so that it makes room for one"
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,6 +26,18 @@ def decoder_weights(policy: Policy) -> Iterator[tuple[str, Tensor]]:
     named = {name: x for name, x in model.named_parameters() if id(x) not in apart and name.startswith(prefix)}
     for name, x in each_whole(named):
         yield name.removeprefix(prefix).replace(_BASE, ""), x
+    parts = policy.family.parts()
+    if parts.head.weight is parts.embed.weight:  # vLLM has the head apart, see `untie`
+        yield from each_whole({"lm_head.weight": parts.head.weight})  # pyright: ignore
+
+
+def untie(config: Path) -> None:
+    """Says in a config.json that the head is not the embedding: on a CPU vLLM packs the weights of a layer as it gets
+    them, and a head that is only tied to what it gets keeps its old ones."""
+    content = json.loads(config.read_text())
+    for section in (content, content.get("text_config", {})):
+        section["tie_word_embeddings"] = False
+    config.write_text(json.dumps(content, indent=2) + "\n")
 
 
 def save_adapters(policy: Policy, folder: Path) -> None:
