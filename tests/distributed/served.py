@@ -23,7 +23,7 @@ from longrl.train_rl import train_rl
 from longrl.training import Training
 
 TIMEOUT = timedelta(seconds=240)
-STEPS = 4
+STEPS = 3
 LAYOUTS = {"dp 2": {"sp": 1}, "sp 2, sharded": {"sp": 2, "shard": True}}
 JOBS: dict[str, dict[str, Any]] = {
     "on-policy": {"model": {"path": "tiny:qwen2_5_vl", "dtype": "float64"}},
@@ -90,6 +90,6 @@ def run(rank: int, size: int, folder: str, rows: str, url: str, server: int) -> 
             found[name, job] = run_job(job, Path(folder, name), rows, url, ranks, parallel=parallel)
     ranks, alone = make_ranks(size, 1, TIMEOUT), Path(folder, "alone")
     found["taken up"] = run_job("taken up", alone, rows, url, ranks)
-    Watched.kill = (2, server)
+    Watched.kill = (1, server)
     found["lost"] = run_job("lost", alone, rows, url, ranks)
     Path(folder, f"{rank}.pickle").write_bytes(pickle.dumps(found))

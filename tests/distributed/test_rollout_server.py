@@ -64,7 +64,7 @@ def test_two_ranks_make_the_run_of_one_process(found, layout, job):
 
 def test_rollouts_that_one_process_had_drawn_ahead_go_on_with_two(found):
     folder, alone, ranks = found
-    assert "stopped after step 2 of 4 and saved" in alone["stopped"]
+    assert "stopped after step 2 of 3 and saved" in alone["stopped"]
     same(folder, ranks[0]["taken up"], alone["ahead"])
 
 

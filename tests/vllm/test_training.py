@@ -21,7 +21,7 @@ pytestmark = pytest.mark.vllm
 BOUND = 1e-3
 ROLLOUT = {"engine": "vllm", "group_size": 8, "max_new_tokens": 2}
 LEARNING = {
-    "steps": 20,
+    "steps": 12,
     "prompts_per_step": 8,
     "rollout": ROLLOUT,
     "rewards": {"tests.e2e.rewards:first_token_even": 1.0},
@@ -42,10 +42,12 @@ def texts(tmp_path: Path) -> dict[str, Any]:
 
 
 def check_learned(lines: list[dict[str, Any]]) -> None:
-    """Half of all tokens are even: the reward begins near 0.5."""
+    """Half of all tokens are even: the reward begins near 0.5. Where all are, there is nothing to compare."""
     rewards = [line["reward/mean"] for line in lines]
-    assert sum(rewards[-3:]) / 3 > sum(rewards[:3]) / 3 + 0.15
-    assert all(0 < line["sampling/logprob_diff"] <= BOUND for line in lines)
+    assert sum(rewards[-3:]) / 3 > sum(rewards[:3]) / 3 + 0.2
+    differences = [line["sampling/logprob_diff"] for line in lines if line["sampling/logprob_diff"] is not None]
+    assert differences[0] > 0  # it was not taken from the trainer
+    assert max(differences) <= BOUND
 
 
 @pytest.mark.parametrize("name", ["vila", "qwen2_5_vl", "qwen3_vl"])
