@@ -104,7 +104,7 @@ def test_metrics_are_those_of_one_process(found, job, layout):
     assert theirs[-1]["data/skipped"] == 5
     # a ring sums attention in another order than one process, whose log-probs the recorded ones are: the weights that
     # follow differ in their last digits, and AdamW makes those of k_proj.bias large
-    rounding = 1e-4 if job == "recorded" and (layout.ring > 1 or layout.auto) else 1e-5
+    rounding = 3e-4 if job == "recorded" and (layout.ring > 1 or layout.auto) else 1e-5
     assert farthest(ours, theirs, rounding=rounding) < (1e-5 if job == "recorded" else 1e-9)
 
 

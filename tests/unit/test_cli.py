@@ -6,7 +6,6 @@ import errno
 import json
 import os
 import re
-import resource
 import signal
 import subprocess
 import sys
@@ -39,8 +38,7 @@ def keep_sigterm():
 
 
 @pytest.mark.parametrize("command", ["--help", "rl --help", "check base.yaml"])
-def test_answers_at_once_and_without_torch(command, base):
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+def test_answers_without_what_takes_seconds_to_import(command, base):
     done = subprocess.run(
         [sys.executable, "-X", "importtime", "-m", "longrl", *command.split()],
         cwd=base.parent,
@@ -48,13 +46,10 @@ def test_answers_at_once_and_without_torch(command, base):
         text=True,
         timeout=60,
     )
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert done.returncode == 0, done.stderr[-500:]
     imported = {line.rpartition("|")[2].strip().partition(".")[0] for line in done.stderr.splitlines()}
     assert "pydantic" in imported  # the list was read at all
     assert not imported & HEAVY
-    # Processor time, not the clock: other tests may have the cores. About 0.4 s here; the limit is one second.
-    assert (after.ru_utime + after.ru_stime) - (before.ru_utime + before.ru_stime) < 1.0
 
 
 def test_check_summarises(longrl, base):
