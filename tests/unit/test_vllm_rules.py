@@ -86,7 +86,7 @@ def test_the_rule_takes_vllm_for_short_prompts_and_many_turns(tmp_path, monkeypa
             cfg = config("auto", data={"train": str(rows)}, rollout={"prompts_in_flight": in_flight})
             found[version, words, in_flight] = choose_engine(cfg)
     assert [name for name, _ in found.values()] == ["vllm", "native", "native", "native", "native", "native"]
-    assert "vllm up to 2,048 prompt tokens and from 4 turns of the built-in" in found["0.32.0", 10, 2][1]
+    assert "vllm up to 1,024 prompt tokens and from 4 turns of the built-in" in found["0.32.0", 10, 2][1]
     assert "vLLM is not installed" in found[None, 10, 1][1]
     assert choose_engine(config("native"))[0] == "native"
 

