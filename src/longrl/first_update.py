@@ -135,12 +135,12 @@ class FirstUpdate:
         version, most = self.engine.policy.version, self.config.rollout.max_staleness
         for groups, prefix in cohorts:
             for group in groups:
-                drawn_by = min(one.policy_version for one in group.rollouts)
-                if not 0 <= version - drawn_by <= most:
-                    raise RuntimeError(
-                        f"group {group.id}: rollouts of weights version {drawn_by}, the policy's is {version}, and "
-                        f"rollout.max_staleness {most}; the weights were not changed"
-                    )
+                for drawn_by in {one.policy_version for one in (*group.rollouts, group.greedy) if one}:
+                    if not 0 <= version - drawn_by <= most:
+                        raise RuntimeError(
+                            f"group {group.id}: rollouts of weights version {drawn_by}, the policy's is {version}, and "
+                            f"rollout.max_staleness {most}; the weights were not changed"
+                        )
             yield groups, prefix
 
     def _compare_all(self, parts: Sequence[Part]) -> None:

@@ -73,7 +73,7 @@ def train_rl(config: RlConfig, ranks: Ranks = ALONE) -> Path:
         for step in training.steps_left():
             with metrics.step(step):
                 with metrics.time("media"):
-                    batch = training.draw(examples, step)
+                    batch = ahead.draw(step) if ahead else training.draw(examples, step)
                 with training.kept(step - 1):
                     if ahead:
                         ahead(step, batch)

@@ -288,6 +288,20 @@ def test_a_server_that_is_slow_is_given_up():
         ask(url, timeout_s=0.5, retry_s=60)
 
 
+def test_a_server_that_fails_late_and_then_hangs_is_given_up_before_other_ranks_give_up():
+    """They wait longer than timeout_s and retry_s together, as the configuration is made to say."""
+
+    def late(number: int) -> Reply:
+        time.sleep(10 if number else 1.8)
+        return 500, b"lost its GPU"
+
+    with serving(late) as url:
+        began = time.monotonic()
+        with pytest.raises(ServerLostError, match="no answer within"):
+            ask(url, timeout_s=2, retry_s=0.5)
+        assert time.monotonic() - began < 3.5
+
+
 @pytest.mark.parametrize(
     ("reply", "message"),
     [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from longrl.parallel.shard import each_whole
 from longrl.plan.shapes import shape_of
 from longrl.policy import Policy
 from longrl.rollout import vllm_rules
+from longrl.rollout.vllm_core import _drawn
 from longrl.rollout.vllm_inputs import media_items, media_rows
 from longrl.rollout.vllm_rules import (
     choose_engine,
@@ -112,6 +114,15 @@ def test_a_clip_for_which_there_is_no_room_is_refused():
         ValueError, match=r"example q: a clip of 10 embeddings, but vLLM has room for 9; set data.max_p"
     ):
         require_media_room("q", [5, 10], 9)
+
+
+@pytest.mark.parametrize("reason", ["abort", "error", "repetition", None])
+def test_a_response_that_vllm_gave_up_is_not_taken_for_a_short_one(reason):
+    output = SimpleNamespace(token_ids=[5], logprobs=[{5: SimpleNamespace(logprob=-0.5)}], finish_reason="length")
+    assert _drawn(output, 3).logprobs == (-0.5,)
+    output.finish_reason = reason
+    with pytest.raises(RuntimeError, match=f"vLLM gave a response up after 1 tokens: {reason}"):
+        _drawn(output, 3)
 
 
 def test_adapters_get_the_least_room_that_holds_them():

@@ -36,6 +36,10 @@ class Ahead:
         self._asked: tuple[int, Batch] | None = None
         """The step that follows, and what it draws."""
 
+    def draw(self, step: int) -> Batch:
+        """As Training.draw, once a step: a file that is there now, and was not, must not part it from its rollouts."""
+        return self._asked[1] if self._asked else self.training.draw(self.examples, step)
+
     def __call__(self, step: int, batch: Batch) -> None:
         """After this the rollouts of the step are there, and those of the next on their way.
 

@@ -31,10 +31,7 @@ class Server:
     def __init__(self, url: str, config: ServerConfig) -> None:
         self.url, self.config, self._http = url.rstrip("/"), config, _http()
         token = os.environ.get(TOKEN_ENV, "").strip()
-        self._client = self._http.AsyncClient(
-            headers={"Authorization": f"Bearer {token}"} if token else {},
-            timeout=self._http.Timeout(config.timeout_s, connect=CONNECT_S),
-        )
+        self._client = self._http.AsyncClient(headers={"Authorization": f"Bearer {token}"} if token else {})
 
     async def about(self) -> About:
         return self._read(About, await self._call("GET", "/about"))
@@ -55,11 +52,18 @@ class Server:
         return answer
 
     async def _call(self, method: str, path: str, body: bytes | None = None) -> bytes:
+        # together no longer than the configuration lets other ranks wait, wherever a server is lost
+        until = time.monotonic() + self.config.timeout_s + self.config.retry_s
         failing_since = None
         for attempt in itertools.count():
+            left_s = min(self.config.timeout_s, until - time.monotonic())
             try:
                 reply = await self._client.request(
-                    method, self.url + path, content=body, headers={"Content-Type": "application/json"}
+                    method,
+                    self.url + path,
+                    content=body,
+                    headers={"Content-Type": "application/json"},
+                    timeout=self._http.Timeout(left_s, connect=min(CONNECT_S, left_s)),
                 )
             except self._http.ReadTimeout:
                 raise ServerLostError(
@@ -76,7 +80,7 @@ class Server:
                     raise ValueError(f"rollout server {self.url}: {why}")
             failing_since = failing_since or time.monotonic()
             wait_s = min(LONGEST_BACKOFF_S, 0.25 * 2**attempt)
-            if time.monotonic() + wait_s > failing_since + self.config.retry_s:
+            if time.monotonic() + wait_s >= min(failing_since + self.config.retry_s, until):
                 raise ServerLostError(
                     f"rollout server {self.url} is away ({why}; tried for rollout.server.retry_s, "
                     f"{self.config.retry_s:g} s): start it with `longrl rollout-server`, then this again"

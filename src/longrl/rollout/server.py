@@ -42,7 +42,7 @@ class RefusedError(ValueError):
     """The server and the run do not go together."""
 
 
-@dataclass(slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True, eq=False)
 class Waiting:
     asked: Asked
     answer: Future[Answer]
@@ -121,12 +121,17 @@ class RolloutServer:
             kind = (waiting[0].asked.weights, waiting[0].asked.sampling)
             alike = [one for one in waiting if (one.asked.weights, one.asked.sampling) == kind]
             waiting = [one for one in waiting if one not in alike]
+            # from here on nobody can cancel it, as one does whose connection ends
+            alike = [one for one in alike if one.answer.set_running_or_notify_cancel()]
+            if not alike:
+                continue
             try:
                 self._answer(alike, *kind)
             except Exception as error:  # whoever asked hears of it
                 log.exception("a request for rollouts failed")
                 for one in alike:
-                    one.answer.set_exception(error)
+                    if not one.answer.done():
+                        one.answer.set_exception(error)
 
     @torch.no_grad()
     def _answer(self, waiting: Sequence[Waiting], weights: Weights, sampling: Sampling) -> None:
@@ -214,6 +219,7 @@ def serve(config: RlConfig, host: str, port: int) -> None:
     Raises:
         ValueError: others could reach it, and no token keeps them out.
         OSError: the port is taken.
+        RuntimeError: HTTP does not start.
         ValueError, RuntimeError, ImportError: as RolloutServer and make_app.
     """
     if host not in LOCAL and not os.environ.get(TOKEN_ENV, "").strip():
@@ -236,6 +242,8 @@ def serve(config: RlConfig, host: str, port: int) -> None:
         thread.start()
         while thread.is_alive() and not http.started:
             time.sleep(0.05)
+        if not http.started:
+            raise RuntimeError("the HTTP server does not start; see its messages above")
         where = f"[{host}]" if ":" in host else host
         log.info("rollout server of %s: http://%s:%d", config.model.path, where, bound.getsockname()[1])
         with closing(server.engine):

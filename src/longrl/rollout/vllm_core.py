@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -77,7 +78,7 @@ class Vllm:
         self.media_room: int = self.llm.llm_engine.input_processor.mm_encoder_cache_size
         """Rows of one clip; 0: it takes no media apart from the prompt."""
         self._asleep: set[str] = set()
-        self._adapter, self._count = None, 0
+        self._adapter, self._count, self._draws = None, 0, 0
 
     def _arguments(self, config: RlConfig, dtype: str, policy: Policy) -> dict[str, Any]:
         asked, lora = config.rollout.vllm, config.model.lora
@@ -122,8 +123,10 @@ class Vllm:
         if self.lora:
             self._load_adapters(policy)
         engine = self.llm.llm_engine
-        for reset in (engine.reset_prefix_cache, engine.reset_mm_cache, engine.reset_encoder_cache):
-            reset()
+        if not engine.reset_prefix_cache():
+            raise RuntimeError("vLLM keeps keys and values of the old weights: some request has not ended")
+        engine.reset_mm_cache()
+        engine.reset_encoder_cache()
         self.version = policy.version
 
     def _load_adapters(self, policy: Policy) -> None:
@@ -135,6 +138,7 @@ class Vllm:
         save_adapters(policy, folder)  # each rank for itself: they need not share a disk
         if self._adapter is not None:
             self.llm.llm_engine.remove_lora(self._adapter.lora_int_id)
+            shutil.rmtree(self._adapter.lora_path)
         self._adapter = LoRARequest(f"step-{self._count}", self._count, str(folder))
 
     def draw(
@@ -144,12 +148,16 @@ class Vllm:
 
         Returns:
             Of each prompt, in the order of its seeds.
+
+        Raises:
+            RuntimeError: vLLM gave a response up.
         """
         from vllm import SamplingParams  # pyright: ignore[reportMissingImports]
 
         assert self.version is not None, "vLLM was asked before it had weights"
         self._wake("weights", "kv_cache")
         engine = self.llm.llm_engine
+        self._draws += 1  # what an earlier call that failed has left in the engine has other names
         for i, (prompt, ones) in enumerate(zip(prompts, seeds, strict=True)):
             given = engine_input(prompt, self.model_type, self.width, self.dtype)  # one copy for the group
             for k, seed in enumerate(ones):
@@ -162,7 +170,7 @@ class Vllm:
                     logprobs=0,
                     detokenize=False,
                 )
-                engine.add_request(f"{i}/{k}", given, sampling, lora_request=self._adapter)
+                engine.add_request(f"{self._draws}/{i}/{k}", given, sampling, lora_request=self._adapter)
         found: dict[str, Drawn] = {}
         while engine.has_unfinished_requests():
             for output in engine.step():
@@ -171,7 +179,7 @@ class Vllm:
         if self.sleeps:
             self.llm.sleep(level=1)
             self._asleep = {"weights", "kv_cache"}
-        return [[found[f"{i}/{k}"] for k in range(len(ones))] for i, ones in enumerate(seeds)]
+        return [[found[f"{self._draws}/{i}/{k}"] for k in range(len(ones))] for i, ones in enumerate(seeds)]
 
     def prefix_hits(self) -> tuple[int, int]:
         """Prompt tokens asked for so far, and those among them whose keys and values were there."""
@@ -179,7 +187,8 @@ class Vllm:
         return int(values["vllm:prefix_cache_queries"]), int(values["vllm:prefix_cache_hits"])
 
     def close(self) -> None:
-        self.llm.llm_engine.engine_core.shutdown()
+        if self.ranks.size == 1:  # else it would end the run's own process group, and ends with the process
+            self.llm.llm_engine.engine_core.shutdown()
         self.folder.cleanup()
 
     def _wake(self, *parts: str) -> None:
@@ -208,6 +217,8 @@ def _start(arguments: dict[str, Any]) -> Any:
 
 
 def _drawn(output: Any, version: int) -> Drawn:
+    if output.finish_reason not in ("stop", "length"):
+        raise RuntimeError(f"vLLM gave a response up after {len(output.token_ids)} tokens: {output.finish_reason}")
     token_ids = tuple(output.token_ids)
     logprobs = tuple(at[token].logprob for at, token in zip(output.logprobs, token_ids, strict=True))
     return Drawn(token_ids=token_ids, logprobs=logprobs, finish_reason=output.finish_reason, version=version)
