@@ -261,7 +261,7 @@ def _engines(rows: list[Row]) -> list[str]:
         "## Engines",
         "",
         f"`benchmarks/engines.py`: {rows[0]['response_tokens']} tokens a rollout, a text twin, one thread. Seconds of",
-        "the processor, of a step up to the update; of vLLM with the prefixes that the update then computes, and new weights.",
+        "the processor up to the update; vLLM's with the prefixes that the update then computes, and new weights.",
         "",
         "| prompt tokens | prompts x G | native, all side by side | one by one | vLLM | of that drawing | prefixes "
         "| weights | one by one / vLLM |",
