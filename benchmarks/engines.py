@@ -46,13 +46,18 @@ def main() -> None:
     policy = Policy(family)
     vllm = start_vllm(config, policy, lambda _: nullcontext(), ALONE, greedy=False)
     native = NativeEngine(policy, config.rollout)
+    by_one = NativeEngine(policy, config.rollout.model_copy(update={"prompts_in_flight": 1}))
     for length in asked.lengths:
         for count in asked.prompts:
             prompts = make_prompts(count, length)
-            times = [(native_s(native, prompts), *vllm_s(vllm, prompts)) for _ in range(1 + asked.repeats)][1:]
-            ours, theirs = min(one[0] for one in times), min((one[1:] for one in times), key=sum)
+            times = [
+                (native_s(native, prompts), native_s(by_one, prompts), *vllm_s(vllm, prompts))
+                for _ in range(1 + asked.repeats)
+            ][1:]
+            theirs = min((one[2:] for one in times), key=sum)
             row = {"prompt_tokens": length, "prompts": count, "rollouts": count * asked.group_size}
-            row |= {"response_tokens": asked.response_tokens, "native_s": round(ours, 3)}
+            row |= {"response_tokens": asked.response_tokens}
+            row |= {name: round(min(one[i] for one in times), 3) for i, name in enumerate(("native_s", "by_one_s"))}
             row |= dict(zip(("draw_s", "prefix_s", "weights_s"), (round(x, 3) for x in theirs), strict=True))
             print(json.dumps(row), flush=True)
     vllm.close()

@@ -40,8 +40,8 @@ class VllmConfig(Section):
     dtype: Literal["float32", "bfloat16"] | None = None
     """Of its weights, keys and values; null: what the policy computes in."""
     max_model_len: Annotated[int, Field(ge=2)] | None = None
-    """Longest prompt with its response; null: the plan's longest prompt, or data.max_prompt_tokens, with
-    max_new_tokens."""
+    """Longest prompt with its response; null: data.max_prompt_tokens and max_new_tokens, or, where the former is null
+    too, what its memory holds."""
     gpu_memory_utilization: Annotated[float, Field(gt=0, lt=1)] = 0.4
     """Share of each GPU's memory that it takes, weights included; the trainer has the rest."""
     sleep: bool = True

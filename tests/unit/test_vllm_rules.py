@@ -76,18 +76,18 @@ def test_what_it_cannot_do_is_refused_and_left_to_the_built_in_engine(changes, m
     assert message in why
 
 
-def test_the_rule_takes_vllm_for_short_prompts_and_many_streams(tmp_path, monkeypatch):
+def test_the_rule_takes_vllm_for_short_prompts_and_many_turns(tmp_path, monkeypatch):
     rows = tmp_path / "rows.jsonl"
     found = {}
     for version in ("0.32.0", None):
         monkeypatch.setattr(vllm_rules, "installed", lambda version=version: version)
-        for words, group_size in ((10, 8), (10, 4), (5000, 8)):
+        for words, in_flight in ((10, 1), (10, 2), (5000, 1)):
             rows.write_text(json.dumps({"problem": "one " * words, "answer": "1"}) + "\n")
-            cfg = config("auto", data={"train": str(rows)}, rollout={"group_size": group_size})
-            found[version, words, group_size] = choose_engine(cfg)
+            cfg = config("auto", data={"train": str(rows)}, rollout={"prompts_in_flight": in_flight})
+            found[version, words, in_flight] = choose_engine(cfg)
     assert [name for name, _ in found.values()] == ["vllm", "native", "native", "native", "native", "native"]
-    assert "vllm up to 2,048 prompt tokens and from 32 rollouts a step; here" in found["0.32.0", 10, 4][1]
-    assert "vLLM is not installed" in found[None, 10, 8][1]
+    assert "vllm up to 1,024 prompt tokens and from 4 turns of the built-in" in found["0.32.0", 10, 2][1]
+    assert "vLLM is not installed" in found[None, 10, 1][1]
     assert choose_engine(config("native"))[0] == "native"
 
 

@@ -63,7 +63,7 @@ def test_the_reward_of_a_text_model_rises(changes, dataset, tmp_path):
 
 def test_an_engine_of_another_precision_is_corrected_or_stops_the_run(dataset, tmp_path):
     """bfloat16 in vLLM, fp32 in the trainer."""
-    rough = {**LEARNING, "steps": 2, "rollout": {**ROLLOUT, "vllm": {"dtype": "bfloat16"}}}
+    rough = {**LEARNING, "steps": 1, "rollout": {**ROLLOUT, "vllm": {"dtype": "bfloat16"}}}
     given = {"data": texts(tmp_path), "model": {"path": "tiny:qwen2"}}
     with pytest.raises(
         RuntimeError, match=r"engine and trainer log-probs differ by .* more than algo.max_logprob_diff"
@@ -78,9 +78,9 @@ def test_an_engine_of_another_precision_is_corrected_or_stops_the_run(dataset, t
         rough["algo"] = {"max_logprob_diff": 1.0, **settings}
         folder = tmp_path / str(number)
         folder.mkdir()
-        for line in run(rl_config(dataset, folder, **rough, **given)):
-            assert line["sampling/logprob_diff"] > BOUND
-            assert 0 < line["correction/bounded"] < 1
+        [line] = run(rl_config(dataset, folder, **rough, **given))
+        assert line["sampling/logprob_diff"] > BOUND
+        assert 0 < line["correction/bounded"] < 1
 
 
 def test_shuffled_and_greedy_rollouts_and_refills_come_from_the_same_engine(dataset, tmp_path):
@@ -96,7 +96,7 @@ def test_shuffled_and_greedy_rollouts_and_refills_come_from_the_same_engine(data
 
 @pytest.mark.parametrize("parallel", [{}, {"sp": 2, "shard": True}], ids=["dp 2", "sp 2, sharded"])
 def test_two_processes_draw_what_one_does(parallel, dataset, tmp_path, root):
-    """An engine each, or one of both. Other sums round otherwise, and a draw at the edge may fall on the other side."""
+    """An engine each, or one of both, which then has half of the heads and weights on each."""
     settings = {**LEARNING, "steps": 2, "model": {"path": "tiny:qwen2_5_vl"}}
     alone = run(rl_config(dataset, tmp_path, **settings))
     config = rl_config(dataset, tmp_path, **settings, parallel=parallel)
@@ -106,6 +106,6 @@ def test_two_processes_draw_what_one_does(parallel, dataset, tmp_path, root):
     assert done.returncode == 0, done.stderr
     lines = read_metrics(tmp_path / "two" / "metrics.jsonl")
     for ours, theirs in zip(lines, alone, strict=True):
-        assert ours["reward/mean"] == pytest.approx(theirs["reward/mean"], abs=0.05)
-        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=0.1)
+        assert ours["reward/mean"] == pytest.approx(theirs["reward/mean"], abs=0.01)  # of 64: the same draws
+        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-3)  # its rounding, in fp32
         assert ours["sampling/logprob_diff"] <= BOUND

@@ -179,7 +179,8 @@ class Vllm:
         return int(values["vllm:prefix_cache_queries"]), int(values["vllm:prefix_cache_hits"])
 
     def close(self) -> None:
-        self.llm.llm_engine.engine_core.shutdown()
+        if self.ranks.size == 1:  # else it would end the run's own process group, and ends with the process
+            self.llm.llm_engine.engine_core.shutdown()
         self.folder.cleanup()
 
     def _wake(self, *parts: str) -> None:

