@@ -14,7 +14,7 @@ from types import TracebackType
 from longrl.config import RlConfig
 from longrl.config_files import save_config
 
-START_S = 120.0
+START_S = 280.0
 
 
 class ServerProcess:
