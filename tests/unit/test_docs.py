@@ -68,7 +68,9 @@ def test_configuration_on_a_page_is_accepted(page, tmp_path):
 @pytest.mark.parametrize("page", [page for page in PAGES if page.name != "config.md"], ids=lambda page: page.name)
 def test_pages_are_short_and_name_what_exists(page):
     text = page.read_text(encoding="utf-8")
-    assert len(text.splitlines()) < (300 if page.name in ("architecture.md", "log.md", "numerics.md") else 160)
+    assert len(text.splitlines()) < (
+        300 if page.name in ("architecture.md", "log.md", "numerics.md", "recipes.md") else 160
+    )
     links = [link for link in re.findall(r"\]\((?!https?:)([^)#]+)", text) if not (page.parent / link).exists()]
     assert links == []
     missing = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -112,11 +113,10 @@ def _hub(name: str, split: str, path: str) -> Iterator[dict[str, Any]]:
     try:
         import datasets
         from datasets.exceptions import DatasetsError
-        from huggingface_hub.utils import logging as hub_logging
     except ImportError as error:
         raise RuntimeError(f"{path}: a dataset of the hub needs datasets; pip install 'longrl[data]'") from error
     datasets.disable_progress_bars()
-    hub_logging.set_verbosity_error()  # of its tries; that none came through is raised
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # of its tries; that none came through is raised
     try:
         table = datasets.load_dataset(name, split=split)
     except (ValueError, FileNotFoundError, DatasetsError) as error:
