@@ -163,13 +163,13 @@ def test_a_question_is_given_up_in_time_and_a_long_retry_after_at_once(tmp_path)
         judge = Judge(make(server, tmp_path))
         with pytest.raises(CallError, match=r"HTTP 429: .*\(attempt 1\)"):
             ask(judge, "What is 1?").result(timeout=5)
-        server.behave, server.delay_s = numbered, 0.3
-        slow = Judge(make(server, tmp_path, {"concurrency": 1, "give_up_s": 0.7}))
+        server.behave, server.delay_s = numbered, 1.0
+        slow = Judge(make(server, tmp_path, {"concurrency": 1, "give_up_s": 2.5}))
         futures = [ask(slow, f"What is {i}?") for i in range(5)]
         wait(futures, timeout=5)
         errors = [future.exception() for future in futures]
         assert [error is None for error in errors] == [True, True, False, False, False]
-        assert "no answer within limits.give_up_s (0.7 s)" in str(errors[-1])
+        assert "no answer within limits.give_up_s (2.5 s)" in str(errors[-1])
         assert slow.take().counts["judge/unanswered"] == 3
 
 
