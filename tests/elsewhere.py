@@ -10,6 +10,7 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
 import torch
 from torch.overrides import TorchFunctionMode
@@ -107,6 +108,10 @@ class _Operations(TorchDispatchMode):
 
 @contextmanager
 def elsewhere() -> Iterator[None]:
-    """Inside, DEVICE is a device: what is made there, or comes from the CPU, computes."""
-    with _Tensor(), _Operations():
+    """Inside, DEVICE is a device: what is made there, or comes from the CPU, computes.
+
+    Inference mode is `no_grad` there: its tensors cannot wrap others, of which views are taken.
+    """
+    plain = {name: getattr(torch.no_grad, name) for name in ("__enter__", "__exit__")}
+    with mock.patch.multiple(torch.inference_mode, **plain), _Tensor(), _Operations():
         yield
