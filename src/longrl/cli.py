@@ -292,7 +292,7 @@ def launch_slurm(
     submit: Annotated[bool, typer.Option("--submit", help="Submit it, too.")] = False,
 ) -> None:
     """Write a batch script for Slurm, in which a run is queued again until it is done."""
-    loaded = load_arguments(config, "sft", "rl", "eval")
+    loaded = load_arguments(config, "sft", "rl", "eval", "flow")
     from longrl.launch.slurm import launch_slurm as launch
     from longrl.launch.work import make_work
 
@@ -308,7 +308,7 @@ def launch_ray(
     address: Annotated[str | None, typer.Option(help="Of the cluster; that of this machine if not given.")] = None,
 ) -> None:
     """Run on a Ray cluster, which starts and places the processes."""
-    loaded = load_arguments(config, "sft", "rl", "eval")
+    loaded = load_arguments(config, "sft", "rl", "eval", "flow")
     from longrl.launch.ray import launch_ray as launch
     from longrl.launch.work import make_work
 

@@ -120,7 +120,7 @@ class FlowTraining(Loop[FlowConfig]):
         if self.old is not None:
             self.old.follow(algo.nft_decay)
 
-    def _save(self, step: int) -> None:
+    def _save(self, step: int, stopping: bool) -> None:
         """The main rank saves: the weights that are evaluated for others to load, and all that a resumed run needs."""
         main = self.ranks.is_main
         tensors = {f"weight.{name}": x for name, x in self.denoiser.packed(main).items()}

@@ -47,7 +47,7 @@ class Loop(ABC, Generic[C]):
         """
         stop = any(self.ranks.gather_all(asked()))
         if stop or self.is_due(step, self.config.checkpoint.every_steps):
-            self._save(step)
+            self._save(step, stop)
         if stop and step < self.config.steps:
             self._stop("stopped", step)
 
@@ -56,5 +56,5 @@ class Loop(ABC, Generic[C]):
         raise Stopped(f"{why} after step {step} of {self.config.steps} and saved; start it again to go on")
 
     @abstractmethod
-    def _save(self, step: int) -> None:
-        """Writes a checkpoint, all ranks together."""
+    def _save(self, step: int, stopping: bool) -> None:
+        """Writes a checkpoint, all ranks together; stopping: the run was asked to stop, and has little time."""

@@ -24,7 +24,7 @@ from longrl.parallel.gradients import sum_gradients
 from longrl.parallel.ranks import ALONE, Ranks
 from longrl.parallel.shard import whole
 from longrl.policy import load_policy
-from longrl.rollout.client import ServerLostError
+from longrl.rollout.client import ServerLostError, ServerRefusedError
 from longrl.runtime import CHECKPOINTS, seed_for, start_run
 from longrl.types import Example, Prompt
 
@@ -91,8 +91,8 @@ class Training(Loop[TrainConfig]):
         self.done, self.sharded = 0, config.parallel.shard
         self.rollouts: str | None = None
         """Of the step that follows what is done, where they were drawn before it: see rollout/ahead.py."""
-        self.pending: Callable[[], str | None] | None = None
-        """Gives them, when a checkpoint is written."""
+        self.pending: Callable[[bool], str | None] | None = None
+        """Gives them, when a checkpoint is written; told whether the run stops then."""
         self._passing: set[str] = set()
         """Keys of a step's embeddings that no other step can use."""
         if latest:
@@ -163,19 +163,20 @@ class Training(Loop[TrainConfig]):
 
         Raises:
             Stopped: a server was lost; the run is saved.
+            ServerRefusedError: one does not do what it is asked; the run is saved.
         """
         try:
             yield
-        except ServerLostError as error:
-            if step == 0:
-                raise
+        except (ServerLostError, ServerRefusedError) as error:
             if step > self._saved:
                 self._write(step)
+            if step == 0 or isinstance(error, ServerRefusedError):
+                raise
             self._stop(f"{error}; stopped", step)
 
-    def _save(self, step: int) -> None:
+    def _save(self, step: int, stopping: bool) -> None:
         with self.kept(step):
-            rollouts = self.pending() if self.pending else None
+            rollouts = self.pending(stopping) if self.pending else None
         self._write(step, rollouts)
 
     def _write(self, step: int, rollouts: str | None = None) -> None:

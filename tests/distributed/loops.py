@@ -6,6 +6,7 @@ The same functions on `ALONE` are the slow twin: one process, the same configura
 from __future__ import annotations
 
 import hashlib
+import os
 import pickle
 import signal
 import time
@@ -57,11 +58,12 @@ class Layout:
         return f"dp {self.dp}, sp {self.sp}{ring}" + (", sharded" if self.shard else "")
 
 
+EVERY = "LONGRL_EVERY_LAYOUT" in os.environ
+"""Every run on every layout, which takes five minutes; a sample of them otherwise."""
 LAYOUTS = [
     Layout(2, 1),
     Layout(1, 2),
-    Layout(2, 2),
-    Layout(1, 2, True),
+    *([Layout(2, 2), Layout(1, 2, True)] if EVERY else []),
     Layout(2, 2, True),
     Layout(1, 4, True, ring=2),
     Layout(4, 1, auto=True),
@@ -109,6 +111,16 @@ JOBS: dict[str, dict[str, Any]] = {
     "eval": {"kind": "eval", "model": {"dtype": "float64"}, "eval": {"samples": 2}},
 }
 """What is changed in `base`. `live` draws its own responses; `recorded` gets those that one process drew."""
+
+
+SAMPLE = {"ring": ["recorded", "encoder", "eval"], "auto": ["recorded", "live", "eval"]}
+
+
+def jobs(layout: Layout) -> list[str]:
+    """Those done on a layout. `resumed` changes it, and is done apart."""
+    if not EVERY and (layout.auto or layout.ring > 1):
+        return SAMPLE["auto" if layout.auto else "ring"]
+    return [job for job in JOBS if job != "resumed"]
 
 
 def base(job: str, folder: Path, rows: dict[str, str]) -> dict[str, Any]:
@@ -282,7 +294,7 @@ def run(rank: int, size: int, folder: str, rows: dict[str, str]) -> None:
         rule = degree if layout.auto else None
         ranks = make_ranks(layout.dp * layout.sp, layout.sp, TIMEOUT, layout.ring, rule)
         if rank < layout.dp * layout.sp:
-            for job in (job for job in JOBS if job != "resumed"):
+            for job in jobs(layout):
                 began = time.perf_counter()
                 found[job, layout] = run_job(job, Path(folder, str(layout)), rows, ranks, layout)
                 found[job, layout]["seconds"] = time.perf_counter() - began

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import signal
 import time
 import urllib.error
@@ -19,9 +20,9 @@ from safetensors.torch import load_file
 from longrl.config import RlConfig
 from longrl.report.metrics import Metrics, read_metrics
 from longrl.rollout import remote
-from longrl.rollout.client import Server, ServerLostError
+from longrl.rollout.client import Server, ServerLostError, ServerRefusedError
 from longrl.rollout.native import NativeEngine
-from longrl.rollout.wire import TOKEN_ENV, Answer
+from longrl.rollout.wire import TOKEN_ENV, Answer, Asked
 from longrl.stopping import Stopped, listen
 from longrl.train_rl import train_rl
 from longrl.training import Training
@@ -246,6 +247,46 @@ def test_a_lost_server_stops_the_run_which_goes_on_when_it_is_back(make, dataset
         config = config.model_copy(update={"rollout": config.rollout.model_copy(update={"server": patient})})
         assert same_bits(train_rl(config), whole)
         assert lines(config) == lines(make("whole", **common))
+
+
+def test_a_refusal_ends_a_run_that_is_saved(make, monkeypatch):
+    config, draw = make("run"), Server.draw
+
+    async def refused(self: Server, asked: Asked) -> Answer:
+        if asked.weights.version == 2:
+            raise ServerRefusedError("a prompt is too long")
+        return await draw(self, asked)
+
+    monkeypatch.setattr(Server, "draw", refused)
+    with pytest.raises(ServerRefusedError, match="a prompt is too long"):
+        train_rl(config)
+    assert [path.name for path in (Path(config.run_dir) / "checkpoints").iterdir()] == ["step_000002"]
+
+
+def test_a_run_that_is_to_stop_does_not_wait_for_long(make, monkeypatch, caplog):
+    """It goes on with rollouts that are drawn anew."""
+    config, draw, update = make("run", **OFF_POLICY), Server.draw, Training.update
+    listen()
+
+    async def slow(self: Server, asked: Asked) -> Answer:
+        await asyncio.sleep(60 if asked.weights.version == 1 else 0)
+        return await draw(self, asked)
+
+    def stopped(self: Training, step: int, *rest: Any) -> Any:
+        if step == 2:
+            signal.raise_signal(signal.SIGUSR1)
+        return update(self, step, *rest)
+
+    monkeypatch.setattr("longrl.rollout.ahead.STOPPING_S", 0.1)
+    monkeypatch.setattr(Server, "draw", slow)
+    monkeypatch.setattr(Training, "update", stopped)
+    with pytest.raises(Stopped, match="stopped after step 2 of 3 and saved"):
+        train_rl(config)
+    assert "the rollouts of step 3 are not there 0.1 s after it was to stop: not saved" in caplog.text
+    monkeypatch.setattr(Server, "draw", draw)
+    monkeypatch.setattr(Training, "update", update)
+    train_rl(config)
+    assert "the rollouts of step 3 are drawn anew" in caplog.text
 
 
 def test_rollouts_that_are_too_old_stop_the_run(make, monkeypatch):

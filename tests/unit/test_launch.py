@@ -81,6 +81,21 @@ def test_an_evaluation_is_not_queued_again(work, tmp_path):
     assert bash("-n", text).returncode == 0
 
 
+def test_a_generator_is_launched_too(work, tmp_path):
+    config = (
+        "kind: flow\nrun_dir: g\nmodel: {path: 'tiny:sd3', device: cpu}\nprompts: {train: p.txt}\n"
+        "media: {height: 16, width: 16}\nrewards: {colour: 1.0}\nsteps: 2\nprocesses: {timeout_s: 7}\n"
+    )
+    (tmp_path / "flow.yaml").write_text(config)
+    loaded = load_arguments(["flow.yaml"])
+    with pytest.raises(ValueError, match=r"prompts: .*p\.txt"):
+        make_work(loaded, ["flow.yaml"], 1, 2)
+    (tmp_path / "p.txt").write_text("a red square\n")
+    launched = make_work(loaded, ["flow.yaml"], 1, 2)
+    assert launched.command[-2:] == ("flow", "flow.yaml")
+    assert (launched.resumes, launched.on_gpus, launched.timeout_s) == (True, False, 7)
+
+
 @pytest.mark.parametrize(
     ("status", "saves", "again"), [(75, True, True), (75, False, False), (0, True, False), (2, True, False)]
 )
@@ -149,7 +164,7 @@ def test_the_commands(longrl, work, tmp_path):
     )
     done = longrl("launch", "ray", "q.yaml")
     assert done.returncode == 2
-    assert "got 'quickstart', this command runs sft or rl or eval" in done.stderr
+    assert "got 'quickstart', this command runs sft or rl or eval or flow" in done.stderr
 
 
 def stand_ins(folder: Path, **commands: str) -> None:

@@ -102,7 +102,7 @@ def _run(work: Work, cpus: int) -> None:
     ray = _ray()
     needs = bundle(work, cpus)
     group = ray.util.placement_group([needs] * work.nodes, strategy="STRICT_SPREAD")
-    patience_s = min(JOIN_S, work.config.parallel.timeout_s)
+    patience_s = min(JOIN_S, work.timeout_s)
     if not group.wait(patience_s):
         raise RuntimeError(
             f"no {work.nodes} nodes with {_listed(needs)} each came within {patience_s:g} s; the cluster has "

@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from longrl.check import require_files, require_model
+from longrl.check_flow import flow_rows
 from longrl.config import DataRunConfig, TrainConfig
+from longrl.flow_config import FlowConfig
 from longrl.parallel.layout import require_world
 
 
@@ -17,7 +19,7 @@ from longrl.parallel.layout import require_world
 class Work:
     """The same command on every process; process i is on node i // processes_per_node."""
 
-    config: DataRunConfig
+    config: DataRunConfig | FlowConfig
     command: tuple[str, ...]
     """Its words. Paths in it are relative to `folder`."""
     folder: Path
@@ -51,21 +53,34 @@ class Work:
     @property
     def resumes(self) -> bool:
         """Whether the run goes on where it stopped when it is started again."""
-        return isinstance(self.config, TrainConfig)
+        return isinstance(self.config, TrainConfig | FlowConfig)
+
+    @property
+    def timeout_s(self) -> float:
+        """How long a process waits for the others."""
+        return (
+            self.config.processes.timeout_s if isinstance(self.config, FlowConfig) else self.config.parallel.timeout_s
+        )
 
 
-def make_work(config: DataRunConfig, arguments: Sequence[str], nodes: int, processes_per_node: int) -> Work:
+def make_work(
+    config: DataRunConfig | FlowConfig, arguments: Sequence[str], nodes: int, processes_per_node: int
+) -> Work:
     """
     Args:
-        config: of a run on given data, which says what command it is.
+        config: of a run, which says what command it is.
         arguments: it was read from them.
 
     Raises:
         ValueError: what the run needs is not there, or it cannot be done by so many processes.
     """
-    require_world(nodes * processes_per_node, 1 if config.parallel.sp == "auto" else config.parallel.sp)
-    require_model(config.model, config.parallel, trained=isinstance(config, TrainConfig))
-    require_files(config)
+    if isinstance(config, FlowConfig):
+        if problems := [f"{what}: {problem}" for what, _, problem in flow_rows(config) if problem]:
+            raise ValueError("; ".join(problems))
+    else:
+        require_world(nodes * processes_per_node, 1 if config.parallel.sp == "auto" else config.parallel.sp)
+        require_model(config.model, config.parallel, trained=isinstance(config, TrainConfig))
+        require_files(config)
     return Work(
         config=config,
         command=(sys.executable, "-m", "longrl", config.kind, *arguments),  # pyright: ignore

@@ -12,6 +12,7 @@ Reference: one-step off-policy RL, Noukhovitch et al., "Asynchronous RLHF" (arXi
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Sequence
 
 from pydantic import TypeAdapter
@@ -25,6 +26,8 @@ from longrl.types import Example
 log = logging.getLogger(__name__)
 
 _DRAWN = TypeAdapter(Drawn)
+STOPPING_S = 60.0
+"""A cluster that has asked a run to stop ends it before long, saved or not."""
 
 
 class Ahead:
@@ -44,7 +47,7 @@ class Ahead:
         """After this the rollouts of the step are there, and those of the next on their way.
 
         Raises:
-            ServerLostError, ValueError: as RemoteEngine.collect.
+            ServerLostError, ServerRefusedError: as RemoteEngine.collect.
         """
         if self._asked is None:
             self._take_up(step, batch)
@@ -56,12 +59,17 @@ class Ahead:
                 self._asked = step + 1, self.training.draw(self.examples, step + 1)
             self._begin(*self._asked)
 
-    def pending(self) -> str | None:
-        """The rollouts of the step that follows, of all ranks, as text; None after the last. Waits for them."""
+    def pending(self, stopping: bool) -> str | None:
+        """The rollouts of the step that follows, of all ranks, as text; None after the last. Waits for them; where the
+        run is stopping not for long: None then, too."""
         if self._asked is None:
             return None
         step, batch = self._asked
-        self._collect(step, batch)
+        try:
+            self._collect(step, batch, STOPPING_S if stopping else threading.TIMEOUT_MAX)
+        except TimeoutError:
+            log.warning("the rollouts of step %d are not there %g s after it was to stop: not saved", step, STOPPING_S)
+            return None
         drawn: Drawn = {}
         for share in batch.shares:
             mine = {seed: self.engine.drawn[seed] for seed in self._seeds(step, share)}
@@ -87,10 +95,10 @@ class Ahead:
             self.training.policy.share_with(share.ranks.sp)
             self.engine.begin(share.examples, share.prompts, self._seeds(step, share), weights)
 
-    def _collect(self, step: int, batch: Batch) -> None:
+    def _collect(self, step: int, batch: Batch, within_s: float = threading.TIMEOUT_MAX) -> None:
         for share in batch.shares:
             self.training.policy.share_with(share.ranks.sp)
-            self.engine.collect(self._seeds(step, share))
+            self.engine.collect(self._seeds(step, share), within_s)
 
     def _seeds(self, step: int, share: Share) -> list[int]:
         return share.seeds(self.training.config.runtime.seed, "rollout", step)

@@ -25,8 +25,12 @@ class ServerLostError(RuntimeError):
     """A server is away, or too slow: nothing is wrong with the run, which can go on from where it is."""
 
 
+class ServerRefusedError(ValueError):
+    """A server does not do what it is asked, and would not if it were asked again."""
+
+
 class Server:
-    """What one raises is a line with its url. ServerLostError: it was not there in time; ValueError: it refuses."""
+    """What one raises is a line with its url. ServerLostError: it was not there in time; ServerRefusedError."""
 
     def __init__(self, url: str, config: ServerConfig) -> None:
         self.url, self.config, self._http = url.rstrip("/"), config, _http()
@@ -40,12 +44,12 @@ class Server:
         answer = self._read(Answer, await self._call("POST", "/rollouts", asked.model_dump_json().encode()))
         count = asked.sampling.group_size + asked.sampling.greedy
         if [len(group) for group in answer.rollouts] != [count] * len(asked.prompts):
-            raise ValueError(
+            raise ServerRefusedError(
                 f"rollout server {self.url}: not {count} rollouts for each of {len(asked.prompts)} prompts"
             )
         for version in {one.policy_version for group in answer.rollouts for one in group}:
             if version != asked.weights.version:
-                raise ValueError(
+                raise ServerRefusedError(
                     f"rollout server {self.url}: rollouts of weights version {version}, asked for was version "
                     f"{asked.weights.version}"
                 )
@@ -56,7 +60,8 @@ class Server:
         until = time.monotonic() + self.config.timeout_s + self.config.retry_s
         failing_since = None
         for attempt in itertools.count():
-            left_s = min(self.config.timeout_s, until - time.monotonic())
+            began = time.monotonic()
+            left_s = min(self.config.timeout_s, until - began)
             try:
                 reply = await self._client.request(
                     method,
@@ -77,8 +82,9 @@ class Server:
                     return reply.content
                 why = " ".join(reply.text.split())[:500] or f"HTTP {reply.status_code}"
                 if reply.status_code < 500 and reply.status_code != 429:
-                    raise ValueError(f"rollout server {self.url}: {why}")
-            failing_since = failing_since or time.monotonic()
+                    raise ServerRefusedError(f"rollout server {self.url}: {why}")
+            if failing_since is None or time.monotonic() - began > CONNECT_S:
+                failing_since = time.monotonic()  # it was there until now
             wait_s = min(LONGEST_BACKOFF_S, 0.25 * 2**attempt)
             if time.monotonic() + wait_s >= min(failing_since + self.config.retry_s, until):
                 raise ServerLostError(
@@ -93,7 +99,7 @@ class Server:
         try:
             return kind.model_validate_json(body)
         except ValidationError as error:
-            raise ValueError(f"rollout server {self.url}: malformed answer: {explain(error)}") from None
+            raise ServerRefusedError(f"rollout server {self.url}: malformed answer: {explain(error)}") from None
 
 
 def _http() -> Any:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager
@@ -14,7 +16,7 @@ from longrl.parallel.layout import balanced
 from longrl.parallel.ranks import Ranks
 from longrl.policy import Policy
 from longrl.rewards.remote import start
-from longrl.rollout.client import Server, ServerLostError
+from longrl.rollout.client import Server, ServerLostError, ServerRefusedError
 from longrl.rollout.weights import Outbox, fingerprint
 from longrl.rollout.wire import Answer, Asked, AskedMedia, AskedPrompt, Sampling, Weights
 from longrl.types import Example, Group, Prompt, Rollout
@@ -39,7 +41,7 @@ class RemoteEngine:
 
         Raises:
             ServerLostError: a server is not there.
-            ValueError: it has another model.
+            ServerRefusedError: it has another model.
             ImportError: the extra is not installed.
         """
         assert config.rollout.server is not None
@@ -89,15 +91,16 @@ class RemoteEngine:
             future = start(server.draw(asked))
             self._begun |= {seeds[i]: (future, k) for k, i in enumerate(indices)}
 
-    def collect(self, seeds: Sequence[int]) -> None:
+    def collect(self, seeds: Sequence[int], within_s: float = threading.TIMEOUT_MAX) -> None:
         """Waits until the rollouts of these seeds are in `drawn`, of which some may be there. All ranks call it.
 
         Raises:
             ServerLostError: some rank got no answer.
-            ValueError: a server refused.
+            ServerRefusedError: a server refused.
+            TimeoutError: some rank waits for longer than asked.
         """
         missing = [seed for seed in seeds if seed not in self.drawn]
-        drawn, error = Ranks(sp=self.policy.trunk.sp).once(self._wait, missing)
+        drawn, error = Ranks(sp=self.policy.trunk.sp).once(self._wait, missing, within_s)
         self._agree(error)
         self.drawn |= drawn
 
@@ -122,20 +125,21 @@ class RemoteEngine:
         try:
             for server in self.servers:
                 if (about := start(server.about()).result()).model != self.model:
-                    raise ValueError(
+                    raise ServerRefusedError(
                         f"rollout server {server.url} has another model (fingerprint {about.model[:12]}, the run's is "
                         f"{self.model[:12]}): start it with the run's own configuration"
                     )
-        except (ServerLostError, ValueError) as error:
+        except (ServerLostError, ServerRefusedError) as error:
             return error
 
-    def _wait(self, seeds: Sequence[int]) -> tuple[Drawn, Exception | None]:
+    def _wait(self, seeds: Sequence[int], within_s: float) -> tuple[Drawn, Exception | None]:
         drawn: Drawn = {}
+        until = time.monotonic() + within_s
         for seed in seeds:
             future, index = self._begun.pop(seed)
             try:
-                drawn[seed] = future.result().rollouts[index]
-            except (ServerLostError, ValueError) as error:
+                drawn[seed] = future.result(max(0.0, until - time.monotonic())).rollouts[index]
+            except (ServerLostError, ServerRefusedError, TimeoutError) as error:
                 return {}, error
         return drawn, None
 

