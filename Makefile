@@ -4,7 +4,7 @@ BIN := .venv/bin
 INSTALL = $(BIN)/python -m pip install --disable-pip-version-check -c constraints/cpu.txt
 REQUIREMENTS := pyproject.toml constraints/cpu.txt
 
-.PHONY: setup quickstart seeds presets flow-seeds warm-start test test-oldest test-layouts storm test-slurm test-ray test-vllm lint docs benchmarks
+.PHONY: setup quickstart seeds presets flow-seeds warm-start test test-oldest test-long storm test-slurm test-ray test-vllm lint docs benchmarks
 
 setup: .venv/dev.stamp
 
@@ -40,9 +40,10 @@ test-oldest: .venv/oldest.stamp
 	  tests/families/test_training.py tests/parity/test_omni.py tests/parity/test_qwen3_vl.py tests/parity/test_positions.py \
 	  tests/parity/test_patches.py
 
-# Every training run and evaluation on every layout of up to four processes, of which `make test` does a sample: five minutes.
-test-layouts: .venv/dev.stamp
-	LONGRL_EVERY_LAYOUT=1 $(BIN)/python -m pytest -q tests/distributed/test_loops.py
+# All of what `make test` does a sample of (tests/__init__.py): runs on every layout, presets, plans in bf16; 15 minutes.
+test-long: .venv/dev.stamp
+	LONGRL_LONG=1 $(BIN)/python -m pytest -n auto --dist loadfile tests/distributed tests/parity/test_plan_memory.py \
+	  tests/e2e/test_gpu_script.py
 
 # On a real Slurm of two nodes on this machine, from Debian's packages, as root: five minutes.
 test-slurm: .venv/dev.stamp

@@ -6,7 +6,6 @@ The same functions on `ALONE` are the slow twin: one process, the same configura
 from __future__ import annotations
 
 import hashlib
-import os
 import pickle
 import signal
 import time
@@ -37,6 +36,7 @@ from longrl.train_rl import train_rl
 from longrl.train_sft import train_sft
 from longrl.training import Training
 from longrl.types import Example, Prefix, Prompt, Rollout
+from tests import LONG
 from tests.distributed.ranks import CASES, make_family, make_prompts
 
 TIMEOUT = timedelta(seconds=240)
@@ -58,12 +58,10 @@ class Layout:
         return f"dp {self.dp}, sp {self.sp}{ring}" + (", sharded" if self.shard else "")
 
 
-EVERY = "LONGRL_EVERY_LAYOUT" in os.environ
-"""Every run on every layout, which takes five minutes; a sample of them otherwise."""
 LAYOUTS = [
     Layout(2, 1),
     Layout(1, 2),
-    *([Layout(2, 2), Layout(1, 2, True)] if EVERY else []),
+    *([Layout(2, 2), Layout(1, 2, True)] if LONG else []),
     Layout(2, 2, True),
     Layout(1, 4, True, ring=2),
     Layout(4, 1, auto=True),
@@ -113,12 +111,12 @@ JOBS: dict[str, dict[str, Any]] = {
 """What is changed in `base`. `live` draws its own responses; `recorded` gets those that one process drew."""
 
 
-SAMPLE = {"ring": ["recorded", "encoder", "eval"], "auto": ["recorded", "live", "eval"]}
+SAMPLE = {"ring": ["recorded", "sft", "eval"], "auto": ["recorded", "live", "eval"]}
 
 
 def jobs(layout: Layout) -> list[str]:
     """Those done on a layout. `resumed` changes it, and is done apart."""
-    if not EVERY and (layout.auto or layout.ring > 1):
+    if not LONG and (layout.auto or layout.ring > 1):
         return SAMPLE["auto" if layout.auto else "ring"]
     return [job for job in JOBS if job != "resumed"]
 

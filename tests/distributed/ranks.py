@@ -29,8 +29,9 @@ from longrl.parallel.sequence import SequenceGroup
 from longrl.policy import Policy
 from longrl.rollout.native import NativeEngine
 from longrl.types import Example, MediaEmbeds, Prompt
+from tests import LONG
 
-LAYOUTS = ((4, 1), (2, 1), (1, 1), (2, 2), (1, 4), (1, 2))
+LAYOUTS = ((4, 1), (2, 1), (1, 1), (2, 2), (1, 2), *([(1, 4)] if LONG else []))
 """Ranks that share the heads, and the places of a ring that share the tokens."""
 WORLD = 4
 TIMEOUT = timedelta(seconds=60)

@@ -19,6 +19,7 @@ from longrl.parallel.layout import balanced, require_world
 from longrl.parallel.ranks import ALONE, start_ranks
 from longrl.report.metrics import read_metrics
 from longrl.train_rl import train_rl
+from tests import LONG
 from tests.distributed.test_loops import distance, farthest
 from tests.e2e.conftest import rl_config
 
@@ -71,11 +72,11 @@ def test_a_run_under_torchrun_is_that_of_one_process_and_goes_on_in_one(dataset,
     assert distance(str(ours), str(theirs))[1] < 1e-9
 
 
-# short prompts: with auto each process takes its own; sharing one, the other waits in the middle of attention
-SHARED = [{"sp": "auto"}, {"sp": 2, "shard": True}]
+# sharing a prompt, the other waits in the middle of attention; with auto each process takes its own short prompts
+SHARED = {"sharing a prompt": {"sp": 2, "shard": True}} | ({"apart": {"sp": "auto"}} if LONG else {})
 
 
-@pytest.mark.parametrize("parallel", SHARED, ids=["apart", "sharing a prompt"])
+@pytest.mark.parametrize("parallel", SHARED.values(), ids=SHARED)
 def test_a_rank_that_fails_ends_the_run_and_only_its_own_line_says_why(dataset, tmp_path, root, parallel):
     loss = "tests.distributed.losses:broken_on_rank_1"
     config = run_config(dataset, tmp_path, "run", algo={"loss": loss}, parallel=parallel)
@@ -89,7 +90,7 @@ def test_a_rank_that_fails_ends_the_run_and_only_its_own_line_says_why(dataset, 
     assert "exitcode  : 2 " in cause
 
 
-@pytest.mark.parametrize("parallel", SHARED, ids=["apart", "sharing a prompt"])
+@pytest.mark.parametrize("parallel", SHARED.values(), ids=SHARED)
 def test_a_rank_that_dies_ends_the_run_long_before_the_timeout(dataset, tmp_path, root, parallel):
     """As by the system, when memory runs out: it says nothing; torchrun names it."""
     loss = "tests.distributed.losses:killed_on_rank_1"

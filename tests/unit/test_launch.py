@@ -84,7 +84,8 @@ def test_an_evaluation_is_not_queued_again(work, tmp_path):
 def test_a_generator_is_launched_too(work, tmp_path):
     config = (
         "kind: flow\nrun_dir: g\nmodel: {path: 'tiny:sd3', device: cpu}\nprompts: {train: p.txt}\n"
-        "media: {height: 16, width: 16}\nrewards: {colour: 1.0}\nsteps: 2\nprocesses: {timeout_s: 7}\n"
+        "media: {height: 16, width: 16}\nsampling: {guidance: 1}\n"
+        "rewards: {colour: 1.0}\nsteps: 2\nprocesses: {timeout_s: 7}\n"
     )
     (tmp_path / "flow.yaml").write_text(config)
     loaded = load_arguments(["flow.yaml"])

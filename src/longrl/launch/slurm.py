@@ -53,10 +53,9 @@ again() {{
 asked=
 trap 'asked=asked-; scancel --signal=USR1 "$SLURM_JOB_ID"' USR1
 trap '[ -z "$asked" ] || again; exit 143' TERM
-ranks & running=$!
-# A signal that comes as `wait` begins is only looked at once it ends: so it waits for a second at a time.
-while kill -0 $running 2>/dev/null; do sleep 1 & wait $!; done
-wait $running; status=$?
+ranks &
+wait $!; status=$?
+while [ "$status" = 138 ]; do wait $!; status=$?; done  # the signal ended the waiting, not the ranks
 case $asked$status in {stopped} | asked-{stopped} | asked-137 | asked-143) again ;; esac
 exit "$status"
 """
