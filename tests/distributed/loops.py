@@ -6,11 +6,13 @@ The same functions on `ALONE` are the slow twin: one process, the same configura
 from __future__ import annotations
 
 import hashlib
+import json
 import pickle
 import signal
+import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
@@ -24,9 +26,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from longrl import train_rl as train_rl_module
 from longrl import train_sft as train_sft_module
-from longrl.config import EvalRunConfig, RlConfig, RolloutConfig, SftConfig
+from longrl.config import EvalRunConfig, ParallelConfig, RlConfig, RolloutConfig, SftConfig
 from longrl.evals.runner import run_eval
-from longrl.parallel.ranks import Ranks, make_ranks
+from longrl.parallel.ranks import Ranks, make_ranks, start_ranks
 from longrl.parallel.shard import local
 from longrl.policy import Policy
 from longrl.rollout import engine as engine_module
@@ -186,8 +188,10 @@ class Kept(Training):
         return batch
 
 
-def watch() -> None:
-    engine_module.NativeEngine, train_rl_module.Training, train_sft_module.Training = Engine, Kept, Kept  # pyright: ignore
+def watch(put: Callable[[Any, str, Any], None] = setattr) -> None:
+    put(engine_module, "NativeEngine", Engine)
+    for module in (train_rl_module, train_sft_module):
+        put(module, "Training", Kept)
 
 
 def run_job(
@@ -304,3 +308,16 @@ def run(rank: int, size: int, folder: str, rows: dict[str, str]) -> None:
     found["held"] = held(make_ranks(size, 2, TIMEOUT))
     found["missing"] = missing(make_ranks(size, 1, timedelta(seconds=1)))
     Path(folder, f"{rank}.pickle").write_bytes(pickle.dumps(found))
+
+
+def main(folder: str, sp: str) -> None:
+    """What torchrun starts: a run on recorded responses."""
+    watch()
+    rows = json.loads(Path(folder, "rows.json").read_text())
+    with start_ranks(ParallelConfig(sp=int(sp))) as ranks:
+        layout = Layout(ranks.dp_size, int(sp), shard=True)
+        run_job("recorded", Path(folder, "torchrun"), rows, ranks, layout)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

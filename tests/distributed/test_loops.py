@@ -54,9 +54,7 @@ def found(dataset, tmp_path_factory) -> Found:
     }
     alone = {}
     with pytest.MonkeyPatch.context() as patch:
-        for module in (loops.train_rl_module, loops.train_sft_module):
-            patch.setattr(module, "Training", loops.Kept)
-        patch.setattr(loops.engine_module, "NativeEngine", loops.Engine)
+        loops.watch(patch.setattr)
         for job in JOBS:
             alone[job] = loops.run_job(job, folder / "alone", rows, ALONE, Layout(1, 1))
             if job == "recorded":

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import pickle
 import shutil
 import signal
 import socket
@@ -20,15 +22,19 @@ from longrl.parallel.ranks import ALONE, start_ranks
 from longrl.report.metrics import read_metrics
 from longrl.train_rl import train_rl
 from tests import LONG
+from tests.distributed import loops
 from tests.distributed.test_loops import distance, farthest
 from tests.e2e.conftest import rl_config
 
 pytestmark = pytest.mark.distributed
 
 
-def torchrun(root: Path, *arguments: object, timeout_s: float = 120) -> subprocess.CompletedProcess[str]:
-    """On two processes; `tests` can be imported there."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "longrl"]
+def torchrun(
+    root: Path, *arguments: object, module: str = "longrl", processes: int = 2, timeout_s: float = 120
+) -> subprocess.CompletedProcess[str]:
+    """`tests` can be imported there."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    command += ["-m", module]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.run(
         [*command, *map(str, arguments)], cwd=root, capture_output=True, text=True, timeout=timeout_s, env=environment
@@ -70,6 +76,21 @@ def test_a_run_under_torchrun_is_that_of_one_process_and_goes_on_in_one(dataset,
         del line["cache/hit_rate"]  # of each process
     assert farthest(*lines) < 1e-9
     assert distance(str(ours), str(theirs))[1] < 1e-9
+
+
+@pytest.mark.skipif(not LONG, reason="make test-long")
+@pytest.mark.parametrize(("dp", "sp"), [(1, 2), (2, 2)])
+def test_recorded_responses_give_the_weights_of_one_process(dataset, tmp_path, root, monkeypatch, dp, sp):
+    """After ten steps in fp32. test_loops.py tests the same, and more, in processes that it starts itself."""
+    rows = {"train": str(dataset.train_rl), "eval": str(dataset.test)}
+    loops.watch(monkeypatch.setattr)
+    alone = loops.run_job("recorded", tmp_path / "alone", rows, ALONE, loops.Layout(1, 1))
+    (tmp_path / "recorded.pickle").write_bytes(pickle.dumps(alone["drawn"]))
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    done = torchrun(root, tmp_path, sp, module="tests.distributed.loops", processes=dp * sp, timeout_s=280)
+    assert done.returncode == 0, done.stderr
+    ours = tmp_path / "torchrun" / "recorded" / "checkpoints" / "step_000010" / "model"
+    assert distance(str(ours), alone["model"])[0] < 1e-6
 
 
 # sharing a prompt, the other waits in the middle of attention; with auto each process takes its own short prompts

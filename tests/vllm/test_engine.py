@@ -159,3 +159,12 @@ def test_a_prompt_that_does_not_fit_is_refused_with_arithmetic(both):
     long = both.vllm.resampled(both.config.rollout.model_copy(update={"max_new_tokens": new}))
     with pytest.raises(ValueError, match=rf"example q0: {len(both.prompts[0])} prompt tokens \+ {new} new ones"):
         both.ask(long)
+
+
+def test_the_thinker_of_omni_takes_no_embeddings_of_sound():
+    """Why it is refused: of sound it takes features, which its own tower would encode again for each rollout."""
+    from vllm.model_executor.models.qwen2_5_omni_thinker import Qwen2_5OmniThinkerMultiModalDataParser
+
+    parser = Qwen2_5OmniThinkerMultiModalDataParser(spatial_merge_size=2, target_sr=16000, expected_hidden_size=8)
+    with pytest.raises(ValueError, match=r"should contain the fields: .*'input_audio_features'.*'audio_embeds'"):
+        parser.parse_mm_data({"audio": {"audio_embeds": torch.zeros(4, 8)}})
