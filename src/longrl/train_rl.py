@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -18,15 +19,16 @@ from longrl.algo.losses import LOSSES
 from longrl.config import RlConfig
 from longrl.data.examples import Skips, load_examples
 from longrl.evals.runner import evaluate, load_questions
-from longrl.first_update import FirstUpdate, gather
+from longrl.first_update import FirstUpdate, Part, gather
 from longrl.parallel.ranks import ALONE, Ranks
 from longrl.policy import load_reference
 from longrl.registry import resolve
+from longrl.report.metrics import Metrics
 from longrl.rewards.compose import build_rewards
 from longrl.rollout.ahead import Ahead
 from longrl.rollout.engine import build_engine
 from longrl.totals import Totals
-from longrl.training import Training
+from longrl.training import Batch, Training
 from longrl.types import Example
 from longrl.update import update_again
 
@@ -56,7 +58,7 @@ def train_rl(config: RlConfig, ranks: Ranks = ALONE) -> Path:
     if ranks.is_main:
         rewards.check()
     training = Training(config, skips, ranks)
-    policy, updates = training.policy, config.algo.updates_per_batch
+    policy = training.policy
     reference = load_reference(policy, config, ranks)
 
     with (
@@ -78,22 +80,13 @@ def train_rl(config: RlConfig, ranks: Ranks = ALONE) -> Path:
                     if ahead:
                         ahead(step, batch)
                     parts = first_update(step, batch, partial(training.refill, examples, step))
-                with metrics.time("optimizer"):
-                    count = sum(gather(parts, lambda part: part.totals.denominator))
-                    norm, lr = training.update(step, count, batch.ids)
-                for _ in range(1, updates):
-                    with metrics.time("update"):
-                        for part in parts:
-                            policy.share_with(part.share.ranks.sp)
-                            for cohort in part.cohorts:
-                                update_again(policy, cohort, config, part.totals)
-                    with metrics.time("optimizer"):
-                        more, lr = training.update(step, count, batch.ids)
-                        norm += more
+                norm, lr = _update(training, step, batch, parts, config, metrics)
                 engine.update_weights()
                 totals = Totals.sum(gather(parts, lambda part: part.totals))
-                for name, value in (totals.metrics(updates) | {"grad_norm": norm / updates, "lr": lr}).items():
+                for name, value in totals.metrics(config.algo.updates_per_batch).items():
                     metrics.log(name, value)
+                metrics.log("grad_norm", norm)
+                metrics.log("lr", lr)
                 metrics.log("cache/hit_rate", training.build.hit_rate)
                 metrics.log("data/skipped", len(skips.names))
                 if held_out and training.is_due(step, config.eval_every_steps):
@@ -106,6 +99,29 @@ def train_rl(config: RlConfig, ranks: Ranks = ALONE) -> Path:
             progress.update(metrics.last)
             training.save_if_due(step)
     return training.last_model()
+
+
+def _update(
+    training: Training, step: int, batch: Batch, parts: Sequence[Part], config: RlConfig, metrics: Metrics
+) -> tuple[float, float]:
+    """All optimizer steps of a batch: the gradient of the first is there, the others compute theirs.
+
+    Returns:
+        The mean norm of the gradients, and the learning rate.
+    """
+    count = sum(gather(parts, lambda part: part.totals.denominator))
+    norms, lr = [], 0.0
+    for update in range(config.algo.updates_per_batch):
+        if update:
+            with metrics.time("update"):
+                for part in parts:
+                    training.policy.share_with(part.share.ranks.sp)
+                    for cohort in part.cohorts:
+                        update_again(training.policy, cohort, config, part.totals)
+        with metrics.time("optimizer"):
+            norm, lr = training.update(step, count, batch.ids)
+            norms.append(norm)
+    return sum(norms) / len(norms), lr
 
 
 def _questions(config: RlConfig, skips: Skips) -> list[Example]:
