@@ -113,7 +113,7 @@ JOBS: dict[str, dict[str, Any]] = {
 """What is changed in `base`. `live` draws its own responses; `recorded` gets those that one process drew."""
 
 
-SAMPLE = {"ring": ["recorded", "sft", "eval"], "auto": ["recorded", "live", "eval"]}
+SAMPLE = {"ring": ["recorded", "eval"], "auto": ["recorded", "live", "eval"]}
 
 
 def jobs(layout: Layout) -> list[str]:
