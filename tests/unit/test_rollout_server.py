@@ -254,7 +254,19 @@ def test_a_server_that_fails_for_a_while_is_asked_again():
     assert answer.rollouts[0][1].token_ids == (5,)
 
 
-def test_a_server_that_is_away_is_given_up():
+def test_a_server_that_fails_after_work_is_asked_again_for_as_long_as_one_that_fails_for_the_first_time(monkeypatch):
+    monkeypatch.setattr("longrl.rollout.client.WORKED_S", 0.2)
+
+    def late(number: int) -> Reply:
+        time.sleep(0.4)
+        return (200, json.dumps(ANSWER).encode()) if number == 2 else (500, b"lost its GPU")
+
+    with serving(late) as url:
+        assert len(ask(url, retry_s=0.8).rollouts) == 1
+
+
+def test_a_server_that_is_away_is_given_up(monkeypatch):
+    monkeypatch.setattr("longrl.rollout.client.WORKED_S", 0.0)  # however long it takes to find that nobody is there
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{free.getsockname()[1]}"
@@ -262,6 +274,7 @@ def test_a_server_that_is_away_is_given_up():
         with pytest.raises(ServerLostError, match=r"is away \(ConnectError.*rollout.server.retry_s, 1 s\): start it"):
             ask(url, retry_s=1)
         assert time.monotonic() - began < 10
+    monkeypatch.undo()
     with (
         serving(lambda _: (500, b"OutOfMemoryError:\n CUDA")) as url,
         pytest.raises(ServerLostError, match="Error: CUDA"),

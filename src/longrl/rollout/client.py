@@ -18,6 +18,8 @@ log = logging.getLogger(__name__)
 
 LONGEST_BACKOFF_S = 10.0
 CONNECT_S = 10.0
+WORKED_S = 10.0
+"""A server that fails after so long was at work until then: what is away is away since."""
 T = TypeVar("T", bound=Part)
 
 
@@ -60,7 +62,7 @@ class Server:
         until = time.monotonic() + self.config.timeout_s + self.config.retry_s
         failing_since = None
         for attempt in itertools.count():
-            began = time.monotonic()
+            began, there = time.monotonic(), True
             left_s = min(self.config.timeout_s, until - began)
             try:
                 reply = await self._client.request(
@@ -77,14 +79,15 @@ class Server:
                 ) from None
             except self._http.HTTPError as error:
                 why = f"{type(error).__name__} {error}".strip()
+                there = not isinstance(error, self._http.ConnectError | self._http.ConnectTimeout)
             else:
                 if reply.is_success:
                     return reply.content
                 why = " ".join(reply.text.split())[:500] or f"HTTP {reply.status_code}"
                 if reply.status_code < 500 and reply.status_code != 429:
                     raise ServerRefusedError(f"rollout server {self.url}: {why}")
-            if failing_since is None or time.monotonic() - began > CONNECT_S:
-                failing_since = time.monotonic()  # it was there until now
+            if failing_since is None or (there and time.monotonic() - began > WORKED_S):
+                failing_since = time.monotonic()
             wait_s = min(LONGEST_BACKOFF_S, 0.25 * 2**attempt)
             if time.monotonic() + wait_s >= min(failing_since + self.config.retry_s, until):
                 raise ServerLostError(
