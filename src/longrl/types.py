@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from numbers import Real
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
@@ -50,6 +51,10 @@ class Clip:
     """Largest height x width of a frame handed to the encoder; None: the family's own limit."""
 
     def __post_init__(self) -> None:
+        for name in ("start_s", "end_s", "fps", "num_frames", "max_pixels"):
+            if not isinstance(value := getattr(self, name), Real | None):
+                of = " of seconds" if name.endswith("_s") else ""
+                raise ValueError(f"clip {self.path}: {name} must be a number{of}, got {value!r:.80}")
         if self.kind == "video" and (self.fps is None) == (self.num_frames is None):
             raise ValueError(
                 f"clip {self.path}: set exactly one of fps (got {self.fps}) and num_frames (got {self.num_frames})"

@@ -210,6 +210,11 @@ def test_scores_are_those_of_transformers(generate, world, tmp_path):
     assert generate("--response", "", command="score")[0] == 2
 
 
+def test_times_are_seconds():
+    with pytest.raises(ValueError, match="clip a.mp4: start_s must be a number of seconds, got '0:10'"):
+        longrl_package.Video("a.mp4", start_s="0:10")  # pyright: ignore[reportArgumentType]
+
+
 def test_a_second_question_pays_for_its_own_words(world, tmp_path, monkeypatch):
     """No decoding, no encoding, no prefill of the video; the same answer as of a model that was asked nothing else."""
     video, path = world

@@ -128,16 +128,17 @@ def counting(rng: np.random.Generator) -> tuple[Image.Image, list[Item]]:
         if all(asked):
             break
     order = rng.permutation(MAX_COUNT + 1).tolist()
-    return _draw(things, rng), [_count(str(rng.choice(asked[n])), n) for n in order]
+    seen = "i see " + ", ".join(f"{colour} {shape}" for _, colour, shape in things)
+    return _draw(things, rng), [_count(str(rng.choice(asked[n])), n, seen) for n in order]
 
 
-def _count(asked: str, answer: int) -> Item:
+def _count(asked: str, answer: int, seen: str) -> Item:
     by_colour = asked in COLOURS
     return Item(
         text=f"how many {asked} things are there?" if by_colour else f"how many {asked}s are there?",
         answer=answer,
         guesses=MAX_COUNT + 1,
-        careful=f"of {asked} i see {answer}",
+        careful=f"{seen}. of {asked} {answer}",
         category="colour" if by_colour else "shape",
     )
 
