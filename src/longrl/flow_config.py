@@ -12,14 +12,13 @@ from longrl.scorers_config import ScorersConfig
 
 PRESETS: dict[str, dict[str, Any]] = {
     "flow_grpo": {"kl_coef": 0.04},
-    "flow_grpo_fast": {"window": 2, "shared_start": True},
-    "mix_grpo": {"window": 4 / 25, "window_moves": "slide", "shared_start": True, "train_last": True},
+    "flow_grpo_fast": {"window": 2, "shared_start": True, "noise_level": 0.8, "clip": 1e-5},
+    "mix_grpo": {"window": 4 / 25, "window_moves": "slide", "shared_start": True, "advantage_std": "group"},
     "dance_grpo": {
         "noise_schedule": "constant",
         "noise_level": 0.3,
         "shared_start": True,
         "advantage_std": "group",
-        "train_last": True,
         "fraction": 0.6,
     },
     "diffusion_nft": {"method": "nft", "kl_coef": 1e-4},
@@ -79,7 +78,7 @@ class FlowAlgoConfig(Section):
     noise_level: Annotated[float, Field(gt=0)] = 0.7
     window: Annotated[float, Field(gt=0)] | None = None
     """So many steps of each sampling are stochastic, and trained; below 1: that share of sampling.steps, rounded, at
-    least one; null: all."""
+    least one; null: all, of which the last is not trained."""
     window_moves: Literal["random", "slide"] = "random"
     """Where the window is: drawn anew each step, or moved on by one every window_every steps."""
     window_every: Annotated[int, Field(ge=1)] = 25
@@ -87,8 +86,6 @@ class FlowAlgoConfig(Section):
     """First step that the window may hold, and the first that it may not; null: all steps."""
     shared_start: bool = False
     """The samples of a group begin with one noise; what is deterministic before the window is computed once for all."""
-    train_last: bool = False
-    """Train the last sampling step too, where it is stochastic."""
     fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Of the stochastic steps, drawn anew each step; the others are sampled but not trained."""
     advantage_std: Literal["group", "batch"] = "batch"
@@ -100,8 +97,8 @@ class FlowAlgoConfig(Section):
     """Optimizer steps on the same samples, each over all of them."""
     kl_coef: Annotated[float, Field(ge=0)] = 0.0
     """Weight of the divergence from the model as it was; 0: off."""
-    max_logprob_diff: Annotated[float, Field(gt=0)] = 1e-2
-    """The run stops when the first update's log-probs differ more from those of sampling."""
+    max_logprob_diff: Annotated[float, Field(gt=0)] = 1e-4
+    """The run stops when the first update's log-probs differ more from those of sampling: more than clip is too much."""
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Evaluate and save an exponential moving average of the weights; 0: the weights."""
     ema_every: Annotated[int, Field(ge=1)] = 1
@@ -120,7 +117,7 @@ class FlowAlgoConfig(Section):
         """Where the window can begin, of so many sampling steps."""
         first, end = self.window_range or (0, steps)
         # a window of the last step alone would train nothing
-        return range(first, min(end, steps - (not self.train_last)) - self.window_size(steps) + 1)
+        return range(first, min(end, steps - 1) - self.window_size(steps) + 1)
 
     @field_validator("window")
     @classmethod
@@ -225,12 +222,11 @@ class FlowConfig(LoopConfig):
             return self
         first, end = flow.window_range or (0, steps)
         if end > steps or (flow.window and not flow.window_starts(steps)):
-            last = "" if flow.train_last else ", of which the last is not trained (flow.train_last)"
             size = flow.window_size(steps) if flow.window else "all"
             raise ValueError(
-                f"flow.window is {size} steps within {first} to {end}, but sampling.steps is {steps}{last}; use more "
-                "steps or a smaller window"
+                f"flow.window is {size} steps within {first} to {end}, but sampling.steps is {steps}, of which the "
+                "last is not trained; use more steps or a smaller window"
             )
-        if not flow.train_last and first == steps - 1:
-            raise ValueError("the only stochastic step is the last, which flow.train_last leaves out; set it to true")
+        if first == steps - 1:
+            raise ValueError("the only stochastic step is the last, which is not trained; use more sampling.steps")
         return self

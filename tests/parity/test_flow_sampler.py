@@ -95,17 +95,35 @@ def test_shift_is_the_pipelines_own_dynamic_or_given(family):
         family.pipe.scheduler = before
 
 
-def test_a_solver_of_higher_order_lends_its_shift(family):
+def test_a_solver_of_higher_order_lends_its_sigmas(family):
+    """Wan comes with UniPC; of first order it is Euler's method, but for its corrector."""
     from diffusers import UniPCMultistepScheduler
 
-    before, ours = family.pipe.scheduler, make(family, shift=3.0).schedule.sigmas
-    flow = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
-    family.pipe.scheduler = UniPCMultistepScheduler(flow_shift=3.0, **flow)
-    assert torch.equal(make(family).schedule.sigmas, ours)
+    before = family.pipe.scheduler
+    flow = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "solver_order": 1}
+    family.pipe.scheduler = UniPCMultistepScheduler(flow_shift=3.0, disable_corrector=list(range(STEPS)), **flow)
+    sampler = make(family)
+    if family.is_video:  # the pipeline of SD3 has timesteps of Euler's kind alone
+        ours = sampler(family.encode(TEXTS), [3, 4], 1, range(STEPS, STEPS))
+        assert (ours.latents - stock(family, start_noise(sampler, [3, 4]))).abs().max() < 1e-5
+    family.pipe.scheduler.set_timesteps(STEPS)
+    assert torch.equal(sampler.schedule.sigmas, family.pipe.scheduler.sigmas)
     family.pipe.scheduler = UniPCMultistepScheduler()
     with pytest.raises(ValueError, match="UniPCMultistepScheduler without flow sigmas, expected one of a flow model"):
         make(family)
     family.pipe.scheduler = before
+
+
+@pytest.mark.parametrize("steps", [4, 10, 20, 50])
+def test_noise_is_bounded_whatever_the_shift(steps):
+    """Schedulers round the first sigma, which is 1, to either side: 0.7 / sqrt(1 - sigma) must not see it."""
+    for hundredths in range(101, 1200):
+        scheduler = FlowMatchEulerDiscreteScheduler(shift=hundredths / 100)
+        scheduler.set_timesteps(steps)
+        scales = noise_scales(scheduler.sigmas, 0.7, "flow")
+        assert scales.isfinite().all()
+        assert scales[:-1].diff().max() < 1e-6  # it falls with sigma
+        assert scales[0] <= 0.7 / (1 - scheduler.sigmas[1]).sqrt() * 1.0001
 
 
 @pytest.mark.parametrize("detach", [False, True])

@@ -26,12 +26,15 @@ NoiseSchedule = Literal["flow", "constant"]
 _STD_EPS = 1e-4
 """Added to the standard deviation of rewards: Flow-GRPO's value."""
 _MIN_WEIGHT = 1e-5
+_PURE_NOISE = 2e-3
+"""A first sigma this near to 1 is 1."""
 
 
 def noise_scales(sigmas: Tensor, level: float, schedule: NoiseSchedule) -> Tensor:
     """s of every step.
 
-    flow: s = level * sqrt(sigma / (1 - sigma)), where sigma = 1 takes the next sigma in the denominator (Flow-GRPO).
+    flow: s = level * sqrt(sigma / (1 - sigma)), where a first sigma of 1, or as good as 1 (schedulers round it, or begin
+    just below), takes the next sigma in the denominator (Flow-GRPO).
     constant: s = level (DanceGRPO's eta).
 
     Args:
@@ -42,7 +45,9 @@ def noise_scales(sigmas: Tensor, level: float, schedule: NoiseSchedule) -> Tenso
     """
     if schedule == "constant":
         return torch.full_like(sigmas[:-1], level)
-    rest = 1 - torch.where(sigmas[:-1] == 1, sigmas[1:], sigmas[:-1])
+    rest = 1 - sigmas[:-1]
+    if rest[0] < _PURE_NOISE:
+        rest = torch.cat([1 - sigmas[1:2], rest[1:]])
     return level * (sigmas[:-1] / rest).sqrt()
 
 

@@ -74,13 +74,14 @@ class MediaFamily(ABC):
         """uint8 [N, F, H, W, 3]"""
 
     def schedule(self, steps: int, latent_shape: Sequence[int], shift: float | None = None) -> Schedule:
-        """The pipeline's own sigmas; of a pipeline with a solver of higher order, those of Euler with its shift.
+        """The pipeline's own sigmas and times; of a solver of higher order too, whose steps are not taken.
 
         Args:
             shift: instead of the scheduler's; null: its own.
         """
-        scheduler = euler(self.pipe.scheduler, shift)
-        mu = {"mu": self._dynamic_shift(scheduler, latent_shape)} if scheduler.config["use_dynamic_shifting"] else {}
+        scheduler = flow_scheduler(self.pipe.scheduler, shift)
+        dynamic = scheduler.config.get("use_dynamic_shifting")
+        mu = {"mu": self._dynamic_shift(scheduler, latent_shape)} if dynamic else {}
         scheduler.set_timesteps(steps, **mu)
         return Schedule(sigmas=scheduler.sigmas, timesteps=scheduler.timesteps)
 
@@ -88,22 +89,21 @@ class MediaFamily(ABC):
         raise AssertionError(f"{type(self).__name__} with dynamic shifting")
 
 
-def euler(scheduler: Any, shift: float | None) -> Any:
-    """The first-order flow scheduler with the sigmas of a pipeline's scheduler.
+def flow_scheduler(scheduler: Any, shift: float | None) -> Any:
+    """A scheduler as a pipeline's, perhaps with another shift.
 
     Raises:
         ValueError: it is not of a flow model.
     """
     from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 
-    given = {} if shift is None else {"shift": shift, "use_dynamic_shifting": False}
-    if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
-        return FlowMatchEulerDiscreteScheduler.from_config(scheduler.config, **given)
-    if not scheduler.config.get("use_flow_sigmas"):
+    name = "shift" if isinstance(scheduler, FlowMatchEulerDiscreteScheduler) else "flow_shift"
+    if name == "flow_shift" and not scheduler.config.get("use_flow_sigmas"):
         raise ValueError(
             f"the pipeline's scheduler is {type(scheduler).__name__} without flow sigmas, expected one of a flow model"
         )
-    return FlowMatchEulerDiscreteScheduler(**({"shift": scheduler.config["flow_shift"]} | given))
+    given = {} if shift is None else {name: shift, "use_dynamic_shifting": False}
+    return type(scheduler).from_config(scheduler.config, **given)
 
 
 def pixels(decoded: Tensor) -> np.ndarray:

@@ -30,9 +30,8 @@ def stochastic_steps(algo: FlowAlgoConfig, steps: int, iteration: int, seed: int
 
 
 def trained_steps(algo: FlowAlgoConfig, steps: int, window: range, iteration: int, seed: int) -> list[int]:
-    """Those of the window, or for a method without one of all, that are trained; ascending, at least one."""
-    candidates = list(window) if algo.method == "policy" else list(range(steps))
-    if algo.method == "policy" and not algo.train_last:
-        candidates = [step for step in candidates if step != steps - 1]
+    """Those of the window but for the last of all (nearly free of noise), or for a method without a window of all, that
+    are trained; ascending, at least one."""
+    candidates = [step for step in window if step < steps - 1] if algo.method == "policy" else list(range(steps))
     count = max(round(algo.fraction * len(candidates)), 1)
     return sorted(random.Random(seed_for(seed, "trained", iteration)).sample(candidates, count))
