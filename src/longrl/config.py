@@ -294,6 +294,8 @@ class RlConfig(AlgorithmConfig, JudgedConfig, TrainConfig):
 
 class EvalRunConfig(JudgedConfig):
     kind: Literal["eval"] = "eval"
+    control: Literal["without_media", "shuffled"] | None = None
+    """Take the media away, or shuffle videos in time: what a model knows without looking, or without watching."""
 
     @field_validator("model")
     @classmethod

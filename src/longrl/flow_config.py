@@ -98,7 +98,7 @@ class FlowAlgoConfig(Section):
     kl_coef: Annotated[float, Field(ge=0)] = 0.0
     """Weight of the divergence from the model as it was; 0: off."""
     max_logprob_diff: Annotated[float, Field(gt=0)] = 1e-4
-    """The run stops when the first update's log-probs differ more from those of sampling: more than clip is too much."""
+    """The run stops when the first update's log-probs differ more from those of sampling: above clip is too much."""
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Evaluate and save an exponential moving average of the weights; 0: the weights."""
     ema_every: Annotated[int, Field(ge=1)] = 1

@@ -43,6 +43,25 @@ def test_questions_about_unusable_videos_count_as_wrong(dataset, tmp_path):
     assert [one["responses"] for one in written["examples"] if one["id"] in written["skipped"]] == [[]] * 5
 
 
+def test_a_control_takes_the_media_away(dataset, tmp_path, monkeypatch):
+    seen: list[Prompt] = []
+    monkeypatch.setattr(Policy, "prefix", watched(Policy.prefix, seen))
+    run_eval(config(tmp_path, dataset.test, control="without_media", run_dir=str(tmp_path / "without")))
+    assert json.loads((tmp_path / "without" / "eval.json").read_text())["stage"] == "without_media"
+    assert {len(prompt.media) for prompt in seen} == {0}
+    seen.clear()
+    run_eval(config(tmp_path, dataset.test, control="shuffled"))
+    assert {"shuffled" in media.key for prompt in seen for media in prompt.media} == {True}
+
+
+def watched(prefix, seen: list[Prompt]):
+    def watching(policy, prompts, *rest, **named):
+        seen.extend(prompts)
+        return prefix(policy, prompts, *rest, **named)
+
+    return watching
+
+
 def test_accuracy_needs_no_reward_of_that_name_and_divides_by_all(dataset, tmp_path):
     """Every response is made to say A: right is what A is the truth of."""
     rows = with_unusable(dataset.test, tmp_path / "rows.jsonl")

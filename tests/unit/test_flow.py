@@ -61,7 +61,10 @@ def test_presets_set_what_is_not_said(base):
     ("overrides", "words"),
     [
         (["prompts.negative=null"], "sampling.guidance is 4.5, but prompts.negative is not set"),
-        (["flow.window=10"], "flow.window is 10 steps within 0 to 10, but sampling.steps is 10, of which the last is not"),
+        (
+            ["flow.window=10"],
+            "flow.window is 10 steps within 0 to 10, but sampling.steps is 10, of which the last is not",
+        ),
         (["sampling.steps=2", "flow.window=2"], "use more steps or a smaller window"),
         (["flow.window=1.5"], "flow.window: got 1.5, expected a whole number of steps, or a share of them below 1"),
         (["flow.window=0.95"], "flow.window is 10 steps within 0 to 10"),

@@ -211,7 +211,7 @@ def test_scores_are_those_of_transformers(generate, world, tmp_path):
 
 
 def test_times_are_seconds():
-    with pytest.raises(ValueError, match="clip a.mp4: start_s must be a number of seconds, got '0:10'"):
+    with pytest.raises(ValueError, match=r"clip a\.mp4: start_s must be a number of seconds, got '0:10'"):
         longrl_package.Video("a.mp4", start_s="0:10")  # pyright: ignore[reportArgumentType]
 
 

@@ -33,8 +33,8 @@ _PURE_NOISE = 2e-3
 def noise_scales(sigmas: Tensor, level: float, schedule: NoiseSchedule) -> Tensor:
     """s of every step.
 
-    flow: s = level * sqrt(sigma / (1 - sigma)), where a first sigma of 1, or as good as 1 (schedulers round it, or begin
-    just below), takes the next sigma in the denominator (Flow-GRPO).
+    flow: s = level * sqrt(sigma / (1 - sigma)), where a first sigma of 1, or nearly 1 (schedulers round it or begin a
+    little below), takes the next sigma in the denominator (Flow-GRPO).
     constant: s = level (DanceGRPO's eta).
 
     Args:

@@ -28,6 +28,10 @@ def shuffled_in_time(example: Example, media: tuple[MediaEmbeds, ...]) -> tuple[
     return example, tuple(shuffled(item) for item in media)
 
 
+CONTROLS = {"without_media": without_video, "shuffled": shuffled_in_time}
+"""The names of EvalRunConfig.control."""
+
+
 def shuffled(media: MediaEmbeds, *names: int | str) -> MediaEmbeds:
     """A video's temporal patches in an order drawn from its key and these names, which its new key tells too.
 

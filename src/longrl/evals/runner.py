@@ -16,6 +16,7 @@ from longrl.config import EvalRunConfig, QuickstartConfig, RlConfig
 from longrl.data.examples import Skips, load_examples
 from longrl.data.order import by_media
 from longrl.data.prompts import Change, PromptBuilder, prompt_limit
+from longrl.evals.controls import CONTROLS
 from longrl.files import write_whole
 from longrl.models.streams import num_tokens
 from longrl.parallel.ranks import ALONE, Ranks
@@ -83,7 +84,9 @@ def run_eval(config: EvalRunConfig, ranks: Ranks = ALONE) -> EvalResult:
         rewards.check()
     run_dir = start_run(config, is_main=ranks.is_main)
     policy = load_policy(config.model, config, ranks)
-    result = evaluate(policy, examples, config, skips, rewards, stage="eval", ranks=ranks)
+    change = CONTROLS[config.control] if config.control else None
+    stage = config.control or "eval"
+    result = evaluate(policy, examples, config, skips, rewards, stage=stage, ranks=ranks, change=change)
     if ranks.is_main:
         _write(result, run_dir)
     return result
