@@ -110,11 +110,10 @@ def test_what_is_judged(tmp_path):
         judge = Judge(make(server, tmp_path))
         assert judge(example(answer=None), rollout("a cat")) is None
         assert judge(example(), rollout("  ")) == 0.0
-        ask(judge, "What is 1?", "a tabby")
-    assert [one.texts for one in server.asked] in (
-        [],
-        [{"QUESTION": "What is 1?", "REFERENCE": "a cat", "ANSWER": "a tabby"}],
-    )
+        assert ask(judge, "What is 1?", "a tabby").result() == 0.2
+    assert [one.texts for one in server.asked] == [
+        {"QUESTION": "What is 1?", "REFERENCE": "a cat", "ANSWER": "a tabby"}
+    ]
 
 
 def test_a_group_is_begun_at_once_and_a_failure_is_none(tmp_path, caplog):
