@@ -18,7 +18,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from longrl.judge_config import JudgeConfig, JudgeModelConfig
-from longrl.rewards.format import parse_answer
+from longrl.rewards.answer import final_answer
 from longrl.rewards.limits import CallError
 from longrl.rewards.remote import Remote, Use, http_error, start
 from longrl.rewards.store import Store
@@ -76,7 +76,7 @@ class Question:
 
 
 class Judge:
-    """The reward `judge`. A rollout without an answer earns 0 unasked; one without a verdict is unscorable."""
+    """The reward `judge`. A rollout that answers nothing earns 0 unasked; one without a verdict is unscorable."""
 
     def __init__(self, config: JudgeConfig, processes: int = 1, minute_s: float = 60.0, section: str = "judge") -> None:
         """
@@ -121,13 +121,13 @@ class Judge:
                 raise kind(f"{error}; asked at {model.config.base_url} for model {model.config.model}") from None
 
     def __call__(self, example: Example, rollout: Rollout) -> float | Future[float] | None:
-        """A Future of the median score, from 0 to 1; 0.0 for an empty response, None if the example has no reference.
+        """A Future of the median score, from 0 to 1; 0.0 if nothing is answered, None if the example has no reference.
 
         The Future raises CallError unless more than half of the models deliver.
         """
         if example.answer is None:
             return None
-        said = parse_answer(rollout.text)
+        said = final_answer(rollout)
         if not said:
             return 0.0
         texts = {"QUESTION": question(example), "REFERENCE": example.answer, "ANSWER": said}
