@@ -190,6 +190,19 @@ def test_the_start_finds_what_would_fail_later(tmp_path, monkeypatch):
             Judge(make(server, tmp_path, {"attempts": 2})).check()
 
 
+@pytest.mark.parametrize("before", [*range(80, 101, 5), 290, 300])
+def test_a_message_that_is_cut_within_a_key_holds_no_part_of_it(tmp_path, monkeypatch, before):
+    monkeypatch.setenv("A_KEY", SECRET)
+    with JudgeServer(lambda asked: Reply(f"{'x' * before}{asked.key} is your key")) as server:
+        keyed = {"base_url": server.url, "model": "m", "key_env": "A_KEY"}
+        judge = Judge(make(server, tmp_path, {"attempts": 1}, models={"one": keyed}))
+        error = str(ask(judge, "What is 1?").exception())
+        assert "malformed reply" in error
+        assert "sk-" not in error
+        server.behave = lambda asked: Reply(status=400, body=f"{'x' * before}{asked.key}".encode())
+        assert "sk-" not in str(ask(judge, "What is 1?").exception())
+
+
 BASE = """\
 kind: rl
 run_dir: run

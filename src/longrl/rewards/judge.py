@@ -216,15 +216,17 @@ class JudgeModel:
             told = self._use(*known)
             used.tokens, used.usd = told.tokens, told.usd
         try:
-            said = read_reply(reply)
+            said = read_reply(reply, self._hide)
         except CallError as error:
             raise CallError(self._plain(str(error)), again=True) from None
         return {"score": said.score, "reason": self._plain(said.reason)}
 
     def _plain(self, text: str) -> str:
         """In one line, and without the key: servers quote it."""
-        text = " ".join(text.split())
-        return (text.replace(self._secret, "[key]") if self._secret else text)[:300]
+        return self._hide(" ".join(text.split()))[:300]
+
+    def _hide(self, text: str) -> str:
+        return text.replace(self._secret, "[key]") if self._secret else text
 
 
 def about(texts: dict[str, str]) -> Question:
@@ -250,8 +252,11 @@ def fenced(texts: dict[str, str], instructions: str = INSTRUCTIONS) -> list[dict
     ]
 
 
-def read_reply(reply: Any) -> Verdict:
+def read_reply(reply: Any, hide: Callable[[str], str] = str) -> Verdict:
     """The verdict in a chat completion.
+
+    Args:
+        hide: what the message of an error is put through before it is cut: half a key is no longer found.
 
     Raises:
         CallError: it is not exactly what was asked for; it may be the next time.
@@ -269,7 +274,7 @@ def read_reply(reply: Any) -> Verdict:
         why = f"malformed verdict: {where or 'reply'}: {first['msg']}"
     except (AttributeError, TypeError, ValueError) as error:
         why = f"malformed reply: {error}"
-    raise CallError(f"{why}; it says {said[:100]!r}" if isinstance(said, str) else why, again=True)
+    raise CallError(f"{why}; it says {hide(said)[:100]!r}" if isinstance(said, str) else why, again=True)
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
