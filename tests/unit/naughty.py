@@ -63,12 +63,9 @@ def naughty(example: Example, rollout: Rollout, *, good: float = 1.0) -> float |
     return None if said == "none" else good
 
 
-def key(example: Example, rollout: Rollout) -> float:
-    return float("SOME_API_KEY" in os.environ)
-
-
-def harmless(example: Example, rollout: Rollout) -> float:
-    return float("HARMLESS" in os.environ)
+def sees(example: Example, rollout: Rollout) -> float:
+    """Whether there is the variable that the response names."""
+    return float(rollout.text in os.environ)
 
 
 def process(example: Example, rollout: Rollout) -> float:

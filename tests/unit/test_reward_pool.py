@@ -11,12 +11,13 @@ from longrl.rewards import build_rewards
 from longrl.rewards.pool import Pool, RewardError
 from longrl.scoring_config import ScoringConfig
 from longrl.types import Example
+from tests.judging import make
 from tests.unit.test_rewards import group, rollout
 
 MIB = 2**20
 
 
-NAME = "tests.unit.naughty:naughty"
+NAME, SEES = "tests.unit.naughty:naughty", "tests.unit.naughty:sees"
 EXAMPLE = Example(id="q7", messages=(), answer="B", kind="choice")
 
 
@@ -63,17 +64,17 @@ def test_what_a_reward_forks_does_not_reply_to_the_next_request(pool):
     assert [pool.submit(NAME, {}, EXAMPLE, rollout("fine")).result(timeout=60) for _ in range(3)] == [1.0] * 3
 
 
-def test_workers_see_no_keys(monkeypatch):
-    monkeypatch.setenv("SOME_API_KEY", "1")
-    monkeypatch.setenv("HARMLESS", "2")
-    pool = Pool(count=1, timeout_s=5.0, memory_bytes=512 * MIB)
-    try:
-        seen = [
-            pool.submit(f"tests.unit.naughty:{name}", {}, EXAMPLE, rollout("")).result() for name in ("key", "harmless")
-        ]
-    finally:
-        pool.close()
-    assert seen == [0.0, 1.0]
+def test_workers_see_no_keys(monkeypatch, tmp_path):
+    """Neither those whose names tell, nor those that the judge's configuration names."""
+    names = ("SOME_API_KEY", "JUDGE_AUTH", "OPENAI", "HARMLESS")
+    for name in names:
+        monkeypatch.setenv(name, "1")
+    models = {name: {"base_url": "http://127.0.0.1:9/v1", "model": "m", "key_env": name} for name in names[1:3]}
+    rewards = build_rewards(
+        {"judge": 0.5, SEES: 0.5}, ScoringConfig(isolate=(SEES,)), make("", tmp_path, models=models)
+    )
+    asked = group(*names, answer=None)  # which a judge gives no score
+    assert [one.rewards[SEES] for one in rewards(asked)] == [0.0, 0.0, 0.0, 1.0]
 
 
 def test_workers_end_with_the_pool():

@@ -103,7 +103,8 @@ class Rewards:
         self._known = {**known, "answer": exact_reward} | ({} if judge is None else {"judge": judge})
         self.failures: Counter[str] = Counter()
         self._recent: dict[str, deque[bool]] = defaultdict(lambda: deque(maxlen=_LOOKED_BACK))
-        self._pool = Pool(scoring.workers, scoring.timeout_s, int(scoring.memory_gib * 2**30))
+        keys = {key for model in (judge.models if judge else ()) if (key := model.config.key_env)}
+        self._pool = Pool(scoring.workers, scoring.timeout_s, int(scoring.memory_gib * 2**30), keys)
         self._bound: dict[str, Reward] = {}
         named = {*weights, *scoring.by_kind.values()} - {"answer"}
         used = named | {self.of_kind(kind) for kind in BY_KIND if "answer" in weights}
