@@ -105,6 +105,13 @@ def test_math_is_scored_by_workers():
     assert [one.reward for one in rewards(asked)] == [1.0, 0.0]
 
 
+def test_a_truth_that_takes_for_ever_to_read_is_found_before_the_run():
+    rewards = build_rewards({"math": 1.0}, ScoringConfig(timeout_s=1.0))
+    asked = [group("5", answer=truth, kind="math").example for truth in ("(" * 3000, "1/2", "2/3", "3/4")]
+    with pytest.raises(ValueError, match=r"example q7: the truth '\(+' cannot be read by math: TimeoutError"):
+        rewards.require(asked)
+
+
 def test_an_isolated_reward_is_never_imported_here_and_must_exist(tmp_path):
     path = tmp_path / "mine.py"
     path.write_text("import sys\nprint(1)\ndef reward(example, rollout):\n    return float('pytest' in sys.modules)\n")

@@ -179,7 +179,11 @@ def test_accuracy_does_not_hang_on_the_weights():
 
 
 @pytest.mark.parametrize(
-    ("kind", "truth"), [("choice", "blue"), ("number", "many"), ("regression", "1 or 2"), ("grounding", "at noon")]
+    ("kind", "truth"),
+    [
+        *[("choice", "blue"), ("number", "many"), ("regression", "1 or 2"), ("grounding", "at noon")],
+        *[("math", "the blue one"), ("math", "$$"), ("ocr", " "), ("free_text", "?!")],
+    ],
 )
 def test_truths_that_cannot_be_read_are_found_before_the_run(kind, truth):
     with pytest.raises(ValueError, match="example q7: the truth "):
