@@ -53,7 +53,8 @@ def train_flow(config: FlowConfig, ranks: Ranks = ALONE) -> Path:
     rewards = MediaRewards(config.rewards, config.scorers, ranks.size)
     prompts = load_prompts(config.prompts.train)
     shown = load_prompts(config.prompts.eval) if config.prompts.eval else None
-    rewards.check(_blank(config, prompts[0]))
+    if ranks.is_main:
+        rewards.check(_blank(config, prompts[0]))
     family, too_long = load_family(config), config.prompts.too_long
     prompts, named = whole_prompts(prompts, family.lengths, too_long)
     shown = prompts if shown is None else whole_prompts(shown, family.lengths, too_long)[0]
