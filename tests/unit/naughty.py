@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import Future
 
 from longrl.types import Example, Rollout
 
@@ -70,6 +71,16 @@ def sees(example: Example, rollout: Rollout) -> float:
 
 def process(example: Example, rollout: Rollout) -> float:
     return float(os.getpid())
+
+
+def not_a_number(example: Example, rollout: Rollout) -> float:
+    return float("nan")
+
+
+def late(example: Example, rollout: Rollout) -> Future[float]:
+    future: Future[float] = Future()
+    future.set_result(1.0)
+    return future
 
 
 def by_token(example: Example, rollout: Rollout) -> float | None:

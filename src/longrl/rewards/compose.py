@@ -61,7 +61,7 @@ BY_KIND = {
 """Kind of example -> what `answer` is for it, unless `scoring.by_kind` says otherwise."""
 
 ISOLATED = frozenset(("math",))
-"""Rewards that are never called in this process."""
+"""Built-in rewards that are never called in this process."""
 
 _TRUTHS: dict[str, Callable[[Example], Any]] = {
     "choice": letter_of,
@@ -112,7 +112,7 @@ class Rewards:
         self._bound: dict[str, Reward] = {}
         named = {*weights, *scoring.by_kind.values()} - {"answer"}
         used = named | {self.of_kind(kind) for kind in BY_KIND if "answer" in weights}
-        for name in sorted({*scoring.options, *scoring.isolate} - used):
+        for name in sorted({*scoring.options, *scoring.in_process} - used):
             raise ValueError(f"scoring: {name!r} is no reward of this run; these are {', '.join(sorted(used))}")
         for name in sorted(named):
             self._reward(name)
@@ -215,7 +215,7 @@ class Rewards:
             options = self.scoring.options.get(name, {})
             if name == "math":
                 require_math_verify()
-            if name in ISOLATED or name in self.scoring.isolate:
+            if name in ISOLATED or (":" in name and name not in self.scoring.in_process):
                 self._pool.require(name, options)
                 self._bound[name] = lambda example, rollout: Soon(self._pool.submit(name, options, example, rollout))  # pyright: ignore[reportArgumentType]
             else:
@@ -287,6 +287,8 @@ def number_or_none(value: Any) -> float | None:
     """
     if value is None:
         return None
+    if isinstance(value, Future):
+        raise TypeError("a late reward cannot leave a worker process; name it in scoring.in_process")
     if not hasattr(value, "__float__"):
         raise TypeError(f"a reward must be a number or None, got a {type(value).__name__}")
     if not abs(value) <= 1e30:  # nor NaN

@@ -163,7 +163,9 @@ class _Worker:
         """Ends the process and says what became of it."""
         if isinstance(error, TimeoutError):
             self.kill()
-            return f"TimeoutError: no reward after {limit_s:g} s; the worker was ended"
+            return (
+                f"TimeoutError: no reward after {limit_s:g} s; the worker was ended (see scoring.timeout_s, in_process)"
+            )
         try:
             status = self._process.wait(timeout=5)
         except subprocess.TimeoutExpired:
