@@ -183,7 +183,7 @@ class AnswerConfig(Section):
     """Sampling. Evaluation takes the number of answers, temperature, top_k and top_p from `eval`."""
     rewards: Weights = Field(default=REWARD_PRESETS["r1v"])
     """Reward name -> weight, or the name of a preset. A name in rewards/compose.py, `package.module:attr` or
-    `file.py:attr`."""
+    `file.py:attr`, which run in worker processes (scoring.in_process)."""
     scoring: ScoringConfig = ScoringConfig()
     eval: EvalConfig = EvalConfig()
 

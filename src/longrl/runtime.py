@@ -25,7 +25,7 @@ _FREE = (
     *("gradient_checkpointing", "sampling.max_rows"),
     *("rollout.prompts_in_flight", "rollout.max_streams", "rollout.server", "rollout.vllm.max_model_len"),
     *("rollout.vllm.gpu_memory_utilization", "rollout.vllm.sleep", "rollout.vllm.enforce_eager"),
-    *("scoring.workers", "scoring.timeout_s", "scoring.memory_gib", "scoring.max_failures"),
+    *("scoring.workers", "scoring.timeout_s", "scoring.memory_gib", "scoring.max_failures", "scoring.in_process"),
     *("judge.limits.", "judge.dir", "judge.budget_usd"),
     *("scorers.vlm.limits.", "scorers.vlm.dir", "scorers.vlm.budget_usd", "scorers.ocr.threads"),
     *("scorers.max_rows", "scorers.device", "scorers.offload", "scorers.max_failures"),

@@ -41,8 +41,9 @@ class ScoringConfig(Section):
     """Kind of example -> the reward that `answer` is for it, instead of the one in rewards/compose.py."""
     options: dict[str, dict[str, bool | int | float | str]] = Field(default={})
     """Reward name -> its keyword arguments."""
-    isolate: tuple[str, ...] = ()
-    """Rewards that run in worker processes, as `math` always does: code that may hang, crash or grow."""
+    in_process: tuple[str, ...] = ()
+    """Rewards of your own that run in the run's process: late ones, and those that hold a model or count. All others of
+    your own (`module:attr`, `file.py:attr`) and `math` run in worker processes: they may hang, crash or grow."""
     workers: Annotated[int, Field(ge=1)] = 2
     """Worker processes, of each process that scores."""
     timeout_s: Annotated[float, Field(gt=0)] = 10.0
@@ -51,6 +52,14 @@ class ScoringConfig(Section):
     """What a worker may have."""
     max_failures: Annotated[int, Field(ge=0)] = 100
     """The run stops when more of the last 1,000 calls of a reward have failed."""
+
+    @field_validator("in_process")
+    @classmethod
+    def _are_outside(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        for name in names:
+            if ":" not in name:
+                raise ValueError(f"{name!r} is built in, expected rewards of your own, module:attr or file.py:attr")
+        return names
 
     @field_validator("by_kind")
     @classmethod

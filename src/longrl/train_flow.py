@@ -53,12 +53,17 @@ def train_flow(config: FlowConfig, ranks: Ranks = ALONE) -> Path:
     rewards = MediaRewards(config.rewards, config.scorers, ranks.size)
     prompts = load_prompts(config.prompts.train)
     shown = load_prompts(config.prompts.eval) if config.prompts.eval else None
-    rewards.check(_blank(config, prompts[0]))
+    if ranks.is_main:
+        rewards.check(_blank(config, prompts[0]))
     family, too_long = load_family(config), config.prompts.too_long
-    prompts, named = whole_prompts(prompts, family.lengths, too_long)
-    shown = prompts if shown is None else whole_prompts(shown, family.lengths, too_long)[0]
-    if config.sampling.guidance > 1:
-        require_negative(config.prompts.negative or "", family.lengths, too_long)
+    prompts, named = whole_prompts(prompts, family.lengths, too_long, config.prompts.train)
+    if shown is None:
+        shown = prompts
+    else:
+        shown, more = whole_prompts(shown, family.lengths, too_long, f"{config.prompts.eval}")
+        named += more
+    if config.sampling.guidance > 1 or config.warm_up_steps:  # a twin's warm-up reads it too
+        named += require_negative(config.prompts.negative or "", family.lengths, too_long)
     rewards.require(list({prompt.text: prompt for prompt in [*prompts, *shown]}.values()))
     training = FlowTraining(config, begin_run(config, family, ranks), ranks)
     _evaluate(training, shown, rewards, "before")

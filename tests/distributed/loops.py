@@ -38,7 +38,7 @@ from longrl.train_rl import train_rl
 from longrl.train_sft import train_sft
 from longrl.training import Training
 from longrl.types import Example, Prefix, Prompt, Rollout
-from tests import LONG
+from tests import LONG, in_process
 from tests.distributed.ranks import CASES, make_family, make_prompts
 
 TIMEOUT = timedelta(seconds=240)
@@ -144,7 +144,8 @@ def base(job: str, folder: Path, rows: dict[str, str]) -> dict[str, Any]:
     if kind != "sft":
         settings["rollout"] = {"group_size": 4, "max_new_tokens": 6}
         settings["rewards"] = {"tests.e2e.rewards:first_token_even": 1.0}
-    return settings | {name: value for name, value in changes.items() if name != "model"}
+    settings |= {name: value for name, value in changes.items() if name != "model"}
+    return settings | ({} if kind == "sft" else {"scoring": in_process(settings["rewards"])})
 
 
 RESUMED = {"alone": 1, "dp 2, sp 2, sharded": 2, "dp 1, sp 2": 3, "alone again": 4}

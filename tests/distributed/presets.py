@@ -28,7 +28,7 @@ from longrl.totals import Totals
 from longrl.training import Batch, Share
 from longrl.types import Example, Prompt
 from longrl.update import update_again
-from tests import LONG
+from tests import LONG, in_process
 from tests.parity.test_shared_prefix import make_prompts
 
 TIMEOUT = timedelta(seconds=240)
@@ -69,6 +69,7 @@ def config(name: str) -> RlConfig:
             "prompts_per_step": 4,
             "rollout": {"group_size": 3, "max_new_tokens": 5},
             "rewards": {EVEN: 1.0},
+            "scoring": in_process([EVEN]),
             "algorithm": settings["algorithm"],
             "algo": algo,
         }
@@ -109,7 +110,7 @@ def learn(name: str, ranks: Ranks) -> dict[str, Any]:
         more = others[start : start + count]
         return deal(*zip(*more, strict=True), ranks) if more else None  # pyright: ignore
 
-    learner = FirstUpdate(engine, side, reference, build_rewards(cfg.rewards), cfg)
+    learner = FirstUpdate(engine, side, reference, build_rewards(cfg.rewards, cfg.scoring), cfg)
     parts = learner(1, deal(*zip(*first, strict=True), ranks), refill)  # pyright: ignore
     count = sum(gather(parts, lambda part: part.totals.denominator))
     gradients = [take(policy, ranks, count)]

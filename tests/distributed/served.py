@@ -21,6 +21,7 @@ from longrl.parallel.ranks import Ranks, make_ranks
 from longrl.stopping import Stopped, listen
 from longrl.train_rl import train_rl
 from longrl.training import Training
+from tests import in_process
 
 TIMEOUT = timedelta(seconds=240)
 STEPS = 3
@@ -49,6 +50,7 @@ def config(folder: Path, job: str, rows: str, url: str | None, **changes: Any) -
         "rewards": {"tests.e2e.rewards:first_token_even": 1.0},
         **changes,
     }
+    settings["scoring"] = in_process(settings["rewards"])
     sampling = {"group_size": 4, "max_new_tokens": 4}
     return RlConfig.model_validate(settings | {"rollout": sampling | changes.get("rollout", {}) | server})
 

@@ -23,8 +23,10 @@ from longrl.report.metrics import read_metrics
 from longrl.train_rl import train_rl
 from tests import LONG
 from tests.distributed import loops
+from tests.distributed.test_flow import CONFIG as FLOW
 from tests.distributed.test_loops import distance, farthest
 from tests.e2e.conftest import rl_config
+from tests.media_scoring import ScoringServer
 
 pytestmark = pytest.mark.distributed
 
@@ -122,6 +124,23 @@ def test_a_rank_that_dies_ends_the_run_long_before_the_timeout(dataset, tmp_path
     cause = done.stderr.partition("Root Cause")[2]
     assert "rank      : 1 " in cause
     assert "exitcode  : -9 " in cause
+
+
+def test_a_service_is_asked_by_one_rank_at_the_start_and_its_refusal_ends_all(tmp_path, root):
+    (tmp_path / "prompts.txt").write_text("a red picture\na green picture\n")
+    config, folder = tmp_path / "run.yaml", tmp_path / "answers"
+    with ScoringServer() as server:
+        server.behave = lambda body, headers: (400, b"no")
+        det = f"rewards: {{det: 1.0}}\nscorers: {{services: {{det: {{url: '{server.url}', dir: '{folder}'}}}}}}\n"
+        text = FLOW.replace("PROMPTS", str(tmp_path / "prompts.txt")).replace("rewards: {colour: 1.0}\n", det)
+        config.write_text(text)
+        done = torchrun(root, "flow", config, f"run_dir={tmp_path / 'run'}")
+        assert server.asked == 1
+    assert done.returncode == 1
+    lines = [line for line in done.stderr.splitlines() if line.startswith("longrl:") and "error" in line]
+    assert len(lines) == 1
+    assert "rank 0: error: scorers.services.det: HTTP 400: no" in lines[0]
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
 def agent(root: Path, port: int, folder: Path, name: str, *arguments: object) -> subprocess.Popen[bytes]:

@@ -8,6 +8,7 @@ import pytest
 
 from longrl.config import RlConfig, SftConfig, SyntheticConfig
 from longrl.data.synthetic.dataset import Dataset, build_dataset
+from tests import in_process
 
 
 @pytest.fixture(scope="session")
@@ -39,4 +40,5 @@ def sft_config(dataset: Dataset, tmp_path: Path, **changes) -> SftConfig:
 def rl_config(dataset: Dataset, tmp_path: Path, **changes) -> RlConfig:
     rollout = {"group_size": 4, "max_new_tokens": 6}
     rows = common(dataset, tmp_path, dataset.train_rl)
-    return RlConfig.model_validate({**rows, "steps": 3, "rollout": rollout, **changes})
+    scoring = in_process(changes.get("rewards", ()))
+    return RlConfig.model_validate({**rows, "steps": 3, "rollout": rollout, "scoring": scoring, **changes})

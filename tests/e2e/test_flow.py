@@ -195,6 +195,10 @@ def test_what_cannot_be_run_is_said_before_anything_is_written(root, prompts, tm
             "prompt 2 ('very very very very very very very very '...) has 85 tokens, tokenizer ",
         ),
         ((f"prompts.negative={'ugly ' * 20}",), "prompts.negative has 82 tokens, tokenizer takes 32; shorten it, or"),
+        (  # guidance does not read it, but the twin's warm-up does
+            (f"prompts.negative={'ugly ' * 20}", "sampling.guidance=1", "warm_up_steps=1"),
+            "prompts.negative has 82 tokens, tokenizer takes 32; shorten it, or",
+        ),
         (("rewards={ocr: 1.0}",), "reward ocr: prompt 1 has no text in double quotes"),
     ):
         with pytest.raises(ValueError, match=r".") as caught:
@@ -202,3 +206,22 @@ def test_what_cannot_be_run_is_said_before_anything_is_written(root, prompts, tm
         assert words in str(caught.value)
         assert "\n" not in str(caught.value)
         assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("too_long", "count"), [("skip", 3), ("cut", 4)])
+def test_all_that_is_too_long_is_counted_and_named(too_long, count, root, prompts, tmp_path, caplog):
+    """Of training, of evaluation, and the negative prompt, which cannot be skipped."""
+    train, shown = tmp_path / "train.txt", tmp_path / "shown.txt"
+    train.write_text(prompts.read_text() + "very " * 20 + "red\n")
+    shown.write_text("very " * 20 + "red\na red picture\n" + "very " * 20 + "blue\n")
+    changes = [f"prompts.train={train}", f"prompts.eval={shown}", f"prompts.too_long={too_long}", "steps=1"]
+    changes += [f"prompts.negative={'ugly ' * 20}"] if too_long == "cut" else []
+    train_flow(config(root, prompts, tmp_path / "run", *changes))
+    [record] = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert record["data/too_long"] == count
+    how = {"skip": "skipped", "cut": "cut there"}[too_long]
+    for where in (f"{train}: prompt 4", f"{shown}: prompt 1", f"{shown}: prompt 3"):
+        assert re.search(rf"{where} \(.* has \d+ tokens, tokenizer takes 32: {how}", caplog.text)
+    assert ("prompts.negative has 82 tokens, tokenizer takes 32: cut there" in caplog.text) == (too_long == "cut")
+    made = json.loads((tmp_path / "run" / "held_out" / "after.json").read_text())["prompts"]
+    assert [one["id"] for one in made] == (["2"] if too_long == "skip" else ["1", "2", "3"])

@@ -2,44 +2,70 @@
 
 from __future__ import annotations
 
-from typing import Any
+from pathlib import Path
 
 import pytest
 
 from longrl.algo_config import PRESETS
+from longrl.config import EvalRunConfig
 from longrl.data.examples import Skips, load_examples
+from longrl.data.synthetic.dataset import Dataset
+from longrl.evals.runner import run_eval
 from longrl.report.metrics import read_metrics
 from longrl.train_rl import train_rl
 from longrl.training import Training
+from tests import in_process
 from tests.e2e.conftest import rl_config
 
 EVEN = "tests.e2e.rewards:first_token_even"
-CHANGES: dict[str, dict[str, Any]] = {"cispo": {"clip_high": 0.2}}
-"""Bounds that a few steps of a tiny model reach; the preset's weights go up to 5."""
 PACE = {"remax": (2e-3, 8)}
 """Learning rate and steps, if not 4e-3 and 6. One greedy response decides the sign of a group: slower is steadier."""
+SAMPLES = 64
+
+
+def share_of_even(model: str, dataset: Dataset, folder: Path) -> float:
+    """Of first tokens of 64 rollouts of each of the twelve questions: standard error 0.018, of a difference 0.026."""
+    config = EvalRunConfig.model_validate(
+        {
+            "run_dir": str(folder / "eval"),
+            "model": {"path": model},
+            "data": {"eval": str(dataset.train_rl), "share_media": 3},
+            "cache": {"dir": str(folder / "cache")},
+            "rewards": {EVEN: 1.0},
+            "scoring": in_process([EVEN]),
+            "rollout": {"max_new_tokens": 1},
+            "eval": {"samples": SAMPLES},
+        }
+    )
+    found = [response["reward"] for one in run_eval(config).examples for response in one["responses"]]
+    assert len(found) == 12 * SAMPLES
+    return sum(found) / len(found)
+
+
+@pytest.fixture(scope="module")
+def before(dataset, tmp_path_factory) -> float:
+    return share_of_even("tiny:qwen2_5_vl", dataset, tmp_path_factory.mktemp("before"))
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_it_learns(name, dataset, tmp_path):
-    """Half of all first tokens are even at first."""
+def test_it_learns(name, dataset, tmp_path, before):
+    """The gain is four standard errors or more. With rewards drawn at random the presets gained -0.065 to +0.064; with
+    these 0.17 to 0.49."""
     lr, steps = PACE.get(name, (4e-3, 6))
-    algo = {"updates_per_batch": 2, "accuracy": EVEN, **CHANGES.get(name, {})}
     config = rl_config(
         dataset,
         tmp_path,
         steps=steps,
         algorithm=name,
-        algo=algo,
+        algo={"updates_per_batch": 2, "accuracy": EVEN},
         rewards={EVEN: 1.0},
         optim={"lr": lr},
         rollout={"group_size": 12, "max_new_tokens": 2},
     )
-    train_rl(config)
+    model = train_rl(config)
+    assert 0.4 < before < 0.6
+    assert share_of_even(str(model), dataset, tmp_path) > before + 0.1
     lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
-    reward = [line[f"reward/{EVEN}"] for line in lines]
-    assert 0.3 < reward[0] < 0.7
-    assert sum(reward[-2:]) / 2 > reward[0] + 0.1  # 96 rollouts: two standard deviations
     trained = [line for line in lines if line["loss"] is not None and line["groups/informative"]]
     assert max(line["clip/low"] + line["clip/high"] for line in trained) > 0
     assert max(line["sampling/logprob_diff"] for line in trained) < 1e-5

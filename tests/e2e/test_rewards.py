@@ -16,7 +16,7 @@ from tests.e2e.test_training import same_bits, weights
 def test_rows_that_break_their_worker_are_trained_on_as_rows_without_a_reward(dataset, tmp_path):
     """Hangs, crashes, floods of print and NaN, of about half of 16 rollouts, against a reward that says None there."""
     folders = {}
-    for name, isolate in (("by_token", ("tests.unit.naughty:by_token",)), ("none_by_token", ())):
+    for name in ("by_token", "none_by_token"):
         config = rl_config(
             dataset,
             tmp_path,
@@ -24,7 +24,7 @@ def test_rows_that_break_their_worker_are_trained_on_as_rows_without_a_reward(da
             steps=1,
             prompts_per_step=2,
             rewards={f"tests.unit.naughty:{name}": 1.0},
-            scoring={"isolate": isolate, "timeout_s": 1.0},
+            scoring={"timeout_s": 1.0},
             rollout={"group_size": 8, "max_new_tokens": 2},
         )
         folders[name] = weights(train_rl(config))
@@ -38,7 +38,7 @@ def test_rows_that_break_their_worker_are_trained_on_as_rows_without_a_reward(da
 
 def test_a_run_whose_reward_always_fails_stops(dataset, tmp_path):
     config = rl_config(
-        dataset, tmp_path, rewards={"tests.unit.test_rewards:not_a_number": 1.0}, scoring={"max_failures": 20}
+        dataset, tmp_path, rewards={"tests.unit.naughty:not_a_number": 1.0}, scoring={"max_failures": 20}
     )
     with pytest.raises(RuntimeError, match=r"has failed on 21 of its last 21 responses"):
         train_rl(config)

@@ -12,6 +12,7 @@ from longrl.data.synthetic.small import make_small
 from longrl.report.metrics import read_metrics
 from longrl.train_rl import train_rl
 from longrl.train_sft import train_sft
+from tests import in_process
 
 EVEN = {"tests.e2e.rewards:first_token_even": 1.0, "answer": 0.0}
 MODELS = {"arithmetic": "tiny:qwen2", "counting": "tiny:qwen2_5_vl"}
@@ -38,7 +39,7 @@ def test_rl_raises_the_reward(task, tmp_path):
     config = RlConfig.model_validate(
         common(task, "train_rl", tmp_path)
         | {"steps": 14, "rewards": EVEN, "optim": {"lr": 3e-3}, "eval_every_steps": 14, "eval": {"samples": 1}}
-        | {"rollout": {"group_size": 16, "max_new_tokens": 1}}
+        | {"rollout": {"group_size": 16, "max_new_tokens": 1}, "scoring": in_process(EVEN)}
     )
     train_rl(config)
     lines = read_metrics(tmp_path / "run" / "metrics.jsonl")

@@ -18,6 +18,7 @@ from longrl.report.metrics import read_metrics
 from longrl.train_rl import train_rl
 from longrl.train_sft import train_sft
 from longrl.verify import shared
+from tests import in_process
 from tests.families.matrix import TAKES, contents, every, is_stock, twin, written
 
 EVEN = {"tests.e2e.rewards:first_token_even": 1.0}
@@ -53,7 +54,8 @@ def make_config(name: str, files: Path, folder: Path, model: dict[str, Any] | No
 @every
 def test_rl(name, files, tmp_path):
     """GRPO: half of all first tokens are even; after 20 steps nearly all are, whatever was shown."""
-    learning = {"steps": 20, "rewards": EVEN, "optim": {"lr": 3e-3}, "rollout": {"group_size": 16, "max_new_tokens": 1}}
+    learning = {"steps": 20, "rewards": EVEN, "scoring": in_process(EVEN), "optim": {"lr": 3e-3}}
+    learning |= {"rollout": {"group_size": 16, "max_new_tokens": 1}}
     train_rl(RlConfig.model_validate(make_config(name, files, tmp_path, **learning)))
     lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
     assert 0.2 < lines[0]["reward/mean"] < 0.8

@@ -21,6 +21,7 @@ from longrl.rollout.native import NativeEngine
 from longrl.training import Batch, Share
 from longrl.types import Example, Prompt
 from longrl.update import Cohort, update_again
+from tests import in_process
 from tests.parity.test_shared_prefix import (
     gradients,
     largest_difference,
@@ -38,7 +39,8 @@ def config(algorithm: str, **changes: Any) -> RlConfig:
     settings = {"run_dir": "run", "model": {"path": "m"}, "steps": 1, "prompts_per_step": 3, "rewards": {EVEN: 1.0}}
     changes = {"rollout": {"group_size": 4, "max_new_tokens": 4}, **changes}
     changes["algo"] = {"accuracy": EVEN, **changes.get("algo", {})}
-    return RlConfig.model_validate({**settings, "algorithm": algorithm, **changes})
+    settings |= {"algorithm": algorithm, **changes}
+    return RlConfig.model_validate({**settings, "scoring": in_process(settings["rewards"])})
 
 
 def questions(family: Qwen25VL, videos: Sequence[int]) -> list[tuple[Example, Prompt]]:
@@ -67,7 +69,7 @@ def learn(cfg: RlConfig, family: Qwen25VL, refill=lambda start, count: None, ref
     policy = Policy(family)
     engine = NativeEngine(policy, cfg.rollout, greedy=cfg.algo.advantage == "remax")
     side = Side(policy, cfg.rollout.model_copy(update={"group_size": 2})) if cfg.algo.shuffled_rollouts else None
-    learner = FirstUpdate(engine, side, reference and Policy(reference), build_rewards(cfg.rewards), cfg)
+    learner = FirstUpdate(engine, side, reference and Policy(reference), build_rewards(cfg.rewards, cfg.scoring), cfg)
     return learner(1, batch(questions(family, [0, 1, 2])), refill)
 
 
@@ -219,7 +221,8 @@ def test_a_group_that_is_dropped_stays_part_of_what_its_cohort_shares():
             for i, prompt in enumerate(make_prompts(family, 24, texts))
         ]
         reference = Policy(Qwen25VL.tiny(1, torch.float64))
-        learner = FirstUpdate(NativeEngine(policy, cfg.rollout), None, reference, build_rewards(cfg.rewards), cfg)
+        rewards = build_rewards(cfg.rewards, cfg.scoring)
+        learner = FirstUpdate(NativeEngine(policy, cfg.rollout), None, reference, rewards, cfg)
         [part] = learner(1, batch(asked), lambda start, count: None)
         found.append(gradients(family))
         for cohort in part.cohorts:
@@ -269,7 +272,7 @@ def test_the_correction_weighs_what_the_engine_drew():
             def _make_rollout(self, ids, logprobs):
                 return super()._make_rollout(ids, [x - self.drift for x in logprobs])
 
-        learner = FirstUpdate(Low(policy, cfg.rollout), None, None, build_rewards(cfg.rewards), cfg)
+        learner = FirstUpdate(Low(policy, cfg.rollout), None, None, build_rewards(cfg.rewards, cfg.scoring), cfg)
         parts = learner(1, batch(questions(family, [0, 1, 2])), lambda start, count: None)
         found.append((gradients(family), parts[0].totals.metrics()))
     (plain, _), (weighed, metrics) = found

@@ -22,6 +22,7 @@ from longrl.scoring import Scoring
 from longrl.totals import Totals
 from longrl.types import Example, Group, Prefix, Rollout, Scored
 from longrl.update import Cohort, update, update_again
+from tests import in_process
 from tests.e2e.rewards import first_token_even
 from tests.parity.test_shared_prefix import gradients, largest_difference, make_prompts, sequence_logprobs
 
@@ -36,6 +37,7 @@ def config(rewards: str = "first_token_even", **changes) -> RlConfig:
         "model": {"path": "m"},
         "steps": 1,
         "rewards": {f"tests.parity.test_updates:{rewards}": 1.0},
+        "scoring": in_process([f"tests.parity.test_updates:{rewards}"]),
     }
     return RlConfig.model_validate({**settings, "rollout": {"group_size": 4, "max_new_tokens": 8}, **changes})
 
@@ -75,7 +77,7 @@ def roll(policy: Policy, config: RlConfig) -> Iterator[tuple[tuple[Group, ...], 
 def learn(policy: Policy, config: RlConfig, reference: Policy | None = None) -> tuple[list[Cohort], Totals]:
     """The first update, as train_rl makes it."""
     totals, cohorts = Totals(), []
-    score = Scoring(build_rewards(config.rewards), config, ALONE, totals, lambda _: nullcontext())
+    score = Scoring(build_rewards(config.rewards, config.scoring), config, ALONE, totals, lambda _: nullcontext())
     for groups, scored, prefix in score(roll(policy, config)):
         cohorts += update(policy, reference, groups, scored, prefix, config, totals)
     return cohorts, totals
@@ -179,7 +181,7 @@ def test_a_cohort_that_waits_holds_no_prefix():
 
     kept: WeakSet[Kept] = WeakSet()
     policy, cfg = Policy(Qwen25VL.tiny(0, torch.float32)), config("late_and_broken")
-    score = Scoring(build_rewards(cfg.rewards), cfg, ALONE, Totals(), lambda _: nullcontext())
+    score = Scoring(build_rewards(cfg.rewards, cfg.scoring), cfg, ALONE, Totals(), lambda _: nullcontext())
     seen = []
 
     def watched():

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import Future
 
 from longrl.types import Example, Rollout
 
@@ -63,16 +64,23 @@ def naughty(example: Example, rollout: Rollout, *, good: float = 1.0) -> float |
     return None if said == "none" else good
 
 
-def key(example: Example, rollout: Rollout) -> float:
-    return float("SOME_API_KEY" in os.environ)
-
-
-def harmless(example: Example, rollout: Rollout) -> float:
-    return float("HARMLESS" in os.environ)
+def sees(example: Example, rollout: Rollout) -> float:
+    """Whether there is the variable that the response names."""
+    return float(rollout.text in os.environ)
 
 
 def process(example: Example, rollout: Rollout) -> float:
     return float(os.getpid())
+
+
+def not_a_number(example: Example, rollout: Rollout) -> float:
+    return float("nan")
+
+
+def late(example: Example, rollout: Rollout) -> Future[float]:
+    future: Future[float] = Future()
+    future.set_result(1.0)
+    return future
 
 
 def by_token(example: Example, rollout: Rollout) -> float | None:

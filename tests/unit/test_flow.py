@@ -216,7 +216,7 @@ def test_order_of_prompts():
     assert seen != [one for step in range(1, 6) for one in step_prompts(prompts, step, 3, 8)]
 
 
-def test_prompts_too_long_are_named_and_counted():
+def test_prompts_too_long_are_named_and_counted(caplog):
     prompts = [MediaPrompt(id="a", text="short"), MediaPrompt(id="b", text="long " * 9)]
 
     def lengths(text):
@@ -224,7 +224,8 @@ def test_prompts_too_long_are_named_and_counted():
 
     with pytest.raises(ValueError, match=r"prompt b \('long .* has 45 tokens, tokenizer takes 10; shorten it, or set"):
         whole_prompts(prompts, lengths, "raise")
-    assert whole_prompts(prompts, lengths, "skip") == (prompts[:1], ["b"])
+    assert whole_prompts(prompts, lengths, "skip", "eval.txt") == (prompts[:1], ["b"])
+    assert "eval.txt: prompt b ('long" in caplog.text
     assert whole_prompts(prompts, lengths, "cut") == (prompts, ["b"])
     with pytest.raises(ValueError, match="all 1 prompts are too long"):
         whole_prompts(prompts[1:], lengths, "skip")
@@ -234,12 +235,12 @@ def test_a_negative_prompt_is_never_cut_silently(caplog):
     def lengths(text):
         return [("tokenizer", len(text), 10)]
 
-    require_negative("", lengths, "raise")
+    assert require_negative("", lengths, "raise") == []
     assert caplog.text == ""
     for too_long in ("raise", "skip"):
         with pytest.raises(ValueError, match=r"negative has 12 tokens, tokenizer takes 10; .*prompts.too_long to cut"):
             require_negative("blurred hand", lengths, too_long)
-    require_negative("blurred hand", lengths, "cut")
+    assert require_negative("blurred hand", lengths, "cut") == ["negative"]
     assert "prompts.negative has 12 tokens, tokenizer takes 10: cut there" in caplog.text
 
 

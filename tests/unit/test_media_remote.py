@@ -137,6 +137,9 @@ def test_a_service_that_is_not_there_is_found_at_the_start(server, tmp_path, mon
     keyed = service(server, tmp_path, key_env="DET_KEY")
     with pytest.raises(ValueError, match=r"det: HTTP 401: bad token Bearer \[key\]; asked at http://127"):
         keyed.check(media((9,)))
+    server.behave = lambda body, headers: (200, json.dumps({"score": "x" * 55 + headers["authorization"]}).encode())
+    with pytest.raises(RuntimeError, match=r"a score is x+Bearer \[key\], expected a finite number"):
+        keyed.check(media((9,)))
     gone = service(server, tmp_path, url="http://127.0.0.1:9/score")
     with pytest.raises(RuntimeError, match=r"scorers\.services\.det: ConnectError.*asked at http://127\.0\.0\.1:9"):
         gone.check(media((9,)))

@@ -80,9 +80,13 @@ def test_sixty_four_at_once_are_thirty_times_as_fast_as_one(tmp_path):
             times = 256 * one_s / (time.monotonic() - began)
             if times > 30:
                 break
-    # on a machine with too much else to do the figure is the machine's: benchmarks/judge.py tells it on a quiet one
-    assert times > 30 or os.getloadavg()[0] > 2 * (os.cpu_count() or 1)
     assert server.most_at_once == 64
+    load, cpus = os.getloadavg()[0], os.cpu_count() or 1
+    if times <= 30 and load > 2 * cpus:
+        pytest.skip(
+            f"{times:.0f} times with a load of {load:.0f} on {cpus} cores; benchmarks/judge.py, where it is quiet"
+        )
+    assert times > 30
 
 
 @pytest.mark.parametrize("limit", ["requests", "tokens"])

@@ -11,12 +11,13 @@ from longrl.rewards import build_rewards
 from longrl.rewards.pool import Pool, RewardError
 from longrl.scoring_config import ScoringConfig
 from longrl.types import Example
+from tests.judging import make
 from tests.unit.test_rewards import group, rollout
 
 MIB = 2**20
 
 
-NAME = "tests.unit.naughty:naughty"
+NAME, SEES, LATE = (f"tests.unit.naughty:{name}" for name in ("naughty", "sees", "late"))
 EXAMPLE = Example(id="q7", messages=(), answer="B", kind="choice")
 
 
@@ -63,17 +64,15 @@ def test_what_a_reward_forks_does_not_reply_to_the_next_request(pool):
     assert [pool.submit(NAME, {}, EXAMPLE, rollout("fine")).result(timeout=60) for _ in range(3)] == [1.0] * 3
 
 
-def test_workers_see_no_keys(monkeypatch):
-    monkeypatch.setenv("SOME_API_KEY", "1")
-    monkeypatch.setenv("HARMLESS", "2")
-    pool = Pool(count=1, timeout_s=5.0, memory_bytes=512 * MIB)
-    try:
-        seen = [
-            pool.submit(f"tests.unit.naughty:{name}", {}, EXAMPLE, rollout("")).result() for name in ("key", "harmless")
-        ]
-    finally:
-        pool.close()
-    assert seen == [0.0, 1.0]
+def test_workers_see_no_keys(monkeypatch, tmp_path):
+    """Neither those whose names tell, nor those that the judge's configuration names."""
+    names = ("SOME_API_KEY", "JUDGE_AUTH", "OPENAI", "HARMLESS")
+    for name in names:
+        monkeypatch.setenv(name, "1")
+    models = {name: {"base_url": "http://127.0.0.1:9/v1", "model": "m", "key_env": name} for name in names[1:3]}
+    rewards = build_rewards({"judge": 0.5, SEES: 0.5}, judge=make("", tmp_path, models=models))
+    asked = group(*names, answer=None)  # which a judge gives no score
+    assert [one.rewards[SEES] for one in rewards(asked)] == [0.0, 0.0, 0.0, 1.0]
 
 
 def test_workers_end_with_the_pool():
@@ -85,7 +84,7 @@ def test_workers_end_with_the_pool():
 
 
 def test_a_group_is_scored_by_workers_at_once_and_in_its_order(caplog):
-    scoring = ScoringConfig(isolate=(NAME,), options={NAME: {"good": 0.5}}, timeout_s=1.0, memory_gib=0.5)
+    scoring = ScoringConfig(options={NAME: {"good": 0.5}}, timeout_s=1.0, memory_gib=0.5)
     rewards = build_rewards({NAME: 1.0, "format": 0.0}, scoring)
     begun = rewards.begin(group("fine", "hang", "crash", "none", "nan", "fine"))
     assert not begun.is_late
@@ -104,17 +103,35 @@ def test_math_is_scored_by_workers():
     assert [one.reward for one in rewards(asked)] == [1.0, 0.0]
 
 
-def test_an_isolated_reward_is_never_imported_here_and_must_exist(tmp_path):
+def test_a_truth_that_takes_for_ever_to_read_is_found_before_the_run():
+    rewards = build_rewards({"math": 1.0}, ScoringConfig(timeout_s=1.0))
+    asked = [group("5", answer=truth, kind="math").example for truth in ("(" * 3000, "1/2", "2/3", "3/4")]
+    with pytest.raises(ValueError, match=r"example q7: the truth '\(+' cannot be read by math: TimeoutError"):
+        rewards.require(asked)
+
+
+def test_a_reward_of_ones_own_is_never_imported_here_and_must_exist(tmp_path):
     path = tmp_path / "mine.py"
     path.write_text("import sys\nprint(1)\ndef reward(example, rollout):\n    return float('pytest' in sys.modules)\n")
     name = f"{path}:reward"
-    assert build_rewards({name: 1.0}, ScoringConfig(isolate=(name,)))(group("x"))[0].reward == 0.0
+    assert build_rewards({name: 1.0})(group("x"))[0].reward == 0.0
+    assert build_rewards({name: 1.0}, ScoringConfig(in_process=(name,)))(group("x"))[0].reward == 1.0
+    routed = build_rewards({"answer": 1.0}, ScoringConfig(by_kind={"open": name}))
+    assert routed(group("x", kind="open"))[0].reward == 0.0
     for wrong, message in [
         (f"{path}:rewards", "cannot be imported: there is no 'rewards' in .*mine.py"),
         (f"{path}x.py:reward", "there is no file"),
     ]:
         with pytest.raises(ValueError, match=message):
-            build_rewards({wrong: 1.0}, ScoringConfig(isolate=(wrong,)))
+            build_rewards({wrong: 1.0})
     path.write_text("raise SystemExit(1)\n")
     with pytest.raises(ValueError, match="cannot be loaded: SystemExit: 1"):
-        build_rewards({name: 1.0}, ScoringConfig(isolate=(name,)))
+        build_rewards({name: 1.0})
+
+
+def test_a_late_reward_has_to_be_named(caplog):
+    late = build_rewards({LATE: 1.0}, ScoringConfig(in_process=(LATE,))).begin(group("x"))
+    assert late.is_late
+    assert late.result()[0].reward == 1.0
+    assert build_rewards({LATE: 1.0})(group("x"))[0].failed == (LATE,)
+    assert "a late reward cannot leave a worker process; name it in scoring.in_process" in caplog.text

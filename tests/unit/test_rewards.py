@@ -14,6 +14,7 @@ from longrl.rewards.choice import choice_reward
 from longrl.rewards.compose import BY_KIND
 from longrl.scoring_config import ScoringConfig
 from longrl.types import KINDS, Example, Group, Message, Prompt, Rollout
+from tests import in_process
 
 
 def rollout(text: str) -> Rollout:
@@ -33,6 +34,11 @@ def group(*texts: str, **kwargs) -> Group:
 
 def right(example: Example, rollout: Rollout) -> float | None:
     return {"choice": choice_reward, "open": exact_reward}[example.kind](example, rollout)
+
+
+def build(weights: dict[str, float], **scoring) -> Rewards:
+    """Rewards of which none runs in a worker."""
+    return build_rewards(weights, ScoringConfig.model_validate({**in_process(weights), **scoring}))
 
 
 def answered(answer: str) -> str:
@@ -83,7 +89,7 @@ def test_the_reward_is_the_weighted_sum_of_its_parts_or_none(parts, scale):
 @given(st.permutations(["ab", "abc", "abcd", "abcdef", "b"]))
 @settings(max_examples=20, deadline=None, derandomize=True)
 def test_a_rollout_earns_the_same_in_any_company(texts):
-    rewards = build_rewards({f"{__name__}:raises_often": 1.0, "format": 0.5})
+    rewards = build({f"{__name__}:raises_often": 1.0, "format": 0.5})
     together = rewards(group(*texts))
     alone = [rewards(group(text))[0] for text in texts]
     assert [one.rewards for one in together] == [one.rewards for one in alone]
@@ -92,19 +98,19 @@ def test_a_rollout_earns_the_same_in_any_company(texts):
 
 
 def test_a_part_that_cannot_score_makes_the_reward_none():
-    scored = build_rewards({"format": 0.1, f"{__name__}:undecided": 0.9})(group(answered("B")))
+    scored = build({"format": 0.1, f"{__name__}:undecided": 0.9})(group(answered("B")))
     assert scored[0].reward is None
     assert scored[0].rewards == {"format": 1.0, f"{__name__}:undecided": None}
 
 
 def test_a_part_of_weight_zero_is_only_watched():
-    scored = build_rewards({"format": 1.0, f"{__name__}:undecided": 0.0})(group(answered("B")))
+    scored = build({"format": 1.0, f"{__name__}:undecided": 0.0})(group(answered("B")))
     assert scored[0].reward == 1.0
 
 
 def test_a_reward_that_raises_is_counted_named_and_none(caplog):
     name = f"{__name__}:raises_often"
-    rewards = build_rewards({name: 1.0})
+    rewards = build({name: 1.0})
     with caplog.at_level(logging.WARNING):
         scored = rewards(group("ab", "abc"))
     assert [one.reward for one in scored] == [None, 1.0]
@@ -115,14 +121,14 @@ def test_a_reward_that_raises_is_counted_named_and_none(caplog):
 
 def test_a_reward_that_is_not_finite_is_a_failure():
     name = f"{__name__}:not_a_number"
-    rewards = build_rewards({name: 1.0})
+    rewards = build({name: 1.0})
     assert rewards(group("x"))[0].reward is None
     assert rewards.failures[name] == 1
 
 
 def test_too_many_failures_stop_the_run():
     name = f"{__name__}:not_a_number"
-    rewards = build_rewards({name: 1.0}, ScoringConfig(max_failures=3))
+    rewards = build({name: 1.0}, max_failures=3)
     rewards(group("a", "b", "c"))
     with pytest.raises(RuntimeError, match=r"has failed on 4 of its last 4 responses, scoring.max_failures allows 3"):
         rewards(group("d"))
@@ -130,7 +136,7 @@ def test_too_many_failures_stop_the_run():
 
 def test_failures_that_are_long_past_do_not_stop_the_run():
     name = f"{__name__}:raises_often"
-    rewards = build_rewards({name: 1.0}, ScoringConfig(max_failures=1))
+    rewards = build({name: 1.0}, max_failures=1)
     rewards(group("ab"))
     rewards(group(*["abc"] * 1000))
     rewards(group("ab"))
@@ -179,7 +185,11 @@ def test_accuracy_does_not_hang_on_the_weights():
 
 
 @pytest.mark.parametrize(
-    ("kind", "truth"), [("choice", "blue"), ("number", "many"), ("regression", "1 or 2"), ("grounding", "at noon")]
+    ("kind", "truth"),
+    [
+        *[("choice", "blue"), ("number", "many"), ("regression", "1 or 2"), ("grounding", "at noon")],
+        *[("math", "the blue one"), ("math", "$$"), ("ocr", " "), ("free_text", "?!")],
+    ],
 )
 def test_truths_that_cannot_be_read_are_found_before_the_run(kind, truth):
     with pytest.raises(ValueError, match="example q7: the truth "):
@@ -207,7 +217,8 @@ def test_options_reach_the_reward():
         ({}, r"reward 'length' cannot be called as \(example, rollout\): missing a required argument: 'max_tokens'"),
         ({"options": {"length": {"max_tokens": 4, "size": 2}}}, "; mend scoring.options.length"),
         ({"options": {"lenght": {}}}, "scoring: 'lenght' is no reward of this run; these are length"),
-        ({"isolate": ("rouge",)}, "scoring: 'rouge' is no reward of this run"),
+        ({"in_process": ("my:rouge",)}, "scoring: 'my:rouge' is no reward of this run"),
+        ({"in_process": ("math",)}, "'math' is built in, expected rewards of your own, module:attr or file.py:attr"),
         ({"by_kind": {"opne": "rouge"}}, "there is no kind 'opne', expected one of choice, open"),
         ({"by_kind": {"open": "answer"}}, "open is scored by `answer`, which is what this says the meaning of"),
         ({**LENGTH, "by_kind": {"open": "roug"}}, "unknown reward 'roug'.*did you mean 'rouge'"),
@@ -223,7 +234,7 @@ def test_a_reward_from_a_file(tmp_path, monkeypatch):
     (tmp_path / "mine.py").write_text(counts)
     monkeypatch.chdir(tmp_path)
     for count in (1, 2):  # the same module each time
-        assert build_rewards({"mine.py:reward": 1.0})(group("x"))[0].reward == count
+        assert build({"mine.py:reward": 1.0})(group("x"))[0].reward == count
 
 
 @pytest.mark.parametrize(

@@ -86,15 +86,17 @@ def whole_prompts(
     prompts: Sequence[MediaPrompt],
     lengths: Callable[[str], list[tuple[str, int, int]]],
     too_long: Literal["raise", "skip", "cut"],
+    where: str = "prompts",
 ) -> tuple[list[MediaPrompt], list[str]]:
     """Looks whether the text encoders can take every prompt whole.
 
     Args:
         lengths: text -> (tokenizer, tokens, most it takes) of each encoder.
         too_long: what a longer prompt does; `cut`: the encoders that must cut it do.
+        where: their file, for messages.
 
     Returns:
-        The prompts to use, and the ids of those that were skipped or will be cut.
+        The prompts to use, and the ids of those that were skipped or will be cut, which the log names.
 
     Raises:
         ValueError: a prompt is too long and too_long is raise; or all were skipped.
@@ -102,7 +104,7 @@ def whole_prompts(
     kept, named = [], []
     for prompt in prompts:
         if over := _over(lengths(prompt.text)):
-            said = f"prompt {prompt.id} ({prompt.text[:40]!r}...) {over}"
+            said = f"{where}: prompt {prompt.id} ({prompt.text[:40]!r}...) {over}"
             if too_long == "raise":
                 raise ValueError(f"{said}; shorten it, or set prompts.too_long to skip or cut")
             log.warning("%s: %s", said, "skipped" if too_long == "skip" else "cut there")
@@ -110,20 +112,25 @@ def whole_prompts(
         if not over or too_long == "cut":
             kept.append(prompt)
     if not kept:
-        raise ValueError(f"all {len(prompts)} prompts are too long for the text encoders; shorten them")
+        raise ValueError(f"{where}: all {len(prompts)} prompts are too long for the text encoders; shorten them")
     return kept, named
 
 
-def require_negative(text: str, lengths: Callable[[str], list[tuple[str, int, int]]], too_long: str) -> None:
+def require_negative(text: str, lengths: Callable[[str], list[tuple[str, int, int]]], too_long: str) -> list[str]:
     """Looks whether the text encoders can take the negative prompt whole; arguments as of `whole_prompts`.
+
+    Returns:
+        Its name, if it will be cut, or nothing.
 
     Raises:
         ValueError: it is too long, and too_long is not cut.
     """
-    if over := _over(lengths(text)):
-        if too_long != "cut":
-            raise ValueError(f"prompts.negative {over}; shorten it, or set prompts.too_long to cut")
+    over = _over(lengths(text))
+    if over and too_long != "cut":
+        raise ValueError(f"prompts.negative {over}; shorten it, or set prompts.too_long to cut")
+    if over:
         log.warning("prompts.negative %s: cut there", over)
+    return ["negative"] if over else []
 
 
 def _over(counted: Sequence[tuple[str, int, int]]) -> str:

@@ -18,11 +18,11 @@ from longrl.rewards.answer import exact_reward
 from longrl.rewards.choice import choice_reward, letter_of
 from longrl.rewards.format import format_reward
 from longrl.rewards.judge import Judge
-from longrl.rewards.maths import math_reward, require_math_verify
+from longrl.rewards.maths import is_plain_number, math_reward, require_math_verify
 from longrl.rewards.penalties import length_reward, repetition_reward
-from longrl.rewards.pool import Pool
+from longrl.rewards.pool import Pool, RewardError
 from longrl.rewards.quantity import grounding_reward, number_of, number_reward, regression_reward, span_of
-from longrl.rewards.text import ocr_reward, rouge_reward
+from longrl.rewards.text import ocr_reward, plain_words, read_words, rouge_reward
 from longrl.scoring_config import ScoringConfig
 from longrl.totals import Totals
 from longrl.types import Example, Group, Rollout, Scored
@@ -61,15 +61,19 @@ BY_KIND = {
 """Kind of example -> what `answer` is for it, unless `scoring.by_kind` says otherwise."""
 
 ISOLATED = frozenset(("math",))
-"""Rewards that are never called in this process."""
+"""Built-in rewards that are never called in this process."""
 
 _TRUTHS: dict[str, Callable[[Example], Any]] = {
     "choice": letter_of,
     "number": number_of,
     "regression": number_of,
     "grounding": span_of,
+    "ocr": read_words,
+    "rouge": plain_words,
 }
-"""Rewards that cannot use every truth -> what reads it, or raises ValueError."""
+"""Rewards that cannot use every truth -> what reads it, or raises ValueError. `math` is another: see `require`."""
+
+_CUT_OFF = Rollout(token_ids=(), logprobs=(), text="", finish_reason="length", policy_version=0)
 
 _LOOKED_BACK = 1000
 """Calls of a reward of which `scoring.max_failures` may fail."""
@@ -103,11 +107,12 @@ class Rewards:
         self._known = {**known, "answer": exact_reward} | ({} if judge is None else {"judge": judge})
         self.failures: Counter[str] = Counter()
         self._recent: dict[str, deque[bool]] = defaultdict(lambda: deque(maxlen=_LOOKED_BACK))
-        self._pool = Pool(scoring.workers, scoring.timeout_s, int(scoring.memory_gib * 2**30))
+        keys = {key for model in (judge.models if judge else ()) if (key := model.config.key_env)}
+        self._pool = Pool(scoring.workers, scoring.timeout_s, int(scoring.memory_gib * 2**30), keys)
         self._bound: dict[str, Reward] = {}
         named = {*weights, *scoring.by_kind.values()} - {"answer"}
         used = named | {self.of_kind(kind) for kind in BY_KIND if "answer" in weights}
-        for name in sorted({*scoring.options, *scoring.isolate} - used):
+        for name in sorted({*scoring.options, *scoring.in_process} - used):
             raise ValueError(f"scoring: {name!r} is no reward of this run; these are {', '.join(sorted(used))}")
         for name in sorted(named):
             self._reward(name)
@@ -127,12 +132,33 @@ class Rewards:
             ValueError: a truth that its reward cannot read, or a reward that cannot be loaded.
         """
         names = [name for name in self.weights if name != "answer"]
+        expressions: dict[str, Example] = {}
         for example in examples:
             routed = [self.of_kind(example.kind)] if "answer" in self.weights else []
             for name in (*routed, *names):
                 self._reward(name)
-                if example.answer is not None and name in _TRUTHS:
+                if example.answer is None:
+                    continue
+                if name in _TRUTHS:
                     _TRUTHS[name](example)
+                if name == "math" and not is_plain_number(example.answer):
+                    expressions.setdefault(example.answer, example)
+        self._require_expressions(expressions)
+
+    def _require_expressions(self, examples: Mapping[str, Example]) -> None:
+        """By workers, as it may take for ever: of a response that was cut off `math` reads the truth alone."""
+        asked = {truth: self._pool.submit("math", {}, example, _CUT_OFF) for truth, example in examples.items()}
+        for truth, read in asked.items():
+            error = read.exception()
+            if not isinstance(error, RewardError):
+                read.result()
+                continue
+            for other in asked.values():
+                other.cancel()
+            why = str(error).removeprefix("ValueError: ")
+            if not why.startswith("example "):  # its time was up, say
+                why = f"example {examples[truth].id}: the truth {truth[:60]!r} cannot be read by math: {why}"
+            raise ValueError(why) from error
 
     def of_kind(self, kind: str) -> str:
         """The reward that `answer` is for such examples."""
@@ -189,7 +215,7 @@ class Rewards:
             options = self.scoring.options.get(name, {})
             if name == "math":
                 require_math_verify()
-            if name in ISOLATED or name in self.scoring.isolate:
+            if name in ISOLATED or (":" in name and name not in self.scoring.in_process):
                 self._pool.require(name, options)
                 self._bound[name] = lambda example, rollout: Soon(self._pool.submit(name, options, example, rollout))  # pyright: ignore[reportArgumentType]
             else:
@@ -261,6 +287,8 @@ def number_or_none(value: Any) -> float | None:
     """
     if value is None:
         return None
+    if isinstance(value, Future):
+        raise TypeError("a late reward cannot leave a worker process; name it in scoring.in_process")
     if not hasattr(value, "__float__"):
         raise TypeError(f"a reward must be a number or None, got a {type(value).__name__}")
     if not abs(value) <= 1e30:  # nor NaN

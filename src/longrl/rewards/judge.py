@@ -18,7 +18,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from longrl.judge_config import JudgeConfig, JudgeModelConfig
-from longrl.rewards.format import parse_answer
+from longrl.rewards.answer import final_answer
 from longrl.rewards.limits import CallError
 from longrl.rewards.remote import Remote, Use, http_error, start
 from longrl.rewards.store import Store
@@ -76,7 +76,7 @@ class Question:
 
 
 class Judge:
-    """The reward `judge`. A rollout without an answer earns 0 unasked; one without a verdict is unscorable."""
+    """The reward `judge`. A rollout that answers nothing earns 0 unasked; one without a verdict is unscorable."""
 
     def __init__(self, config: JudgeConfig, processes: int = 1, minute_s: float = 60.0, section: str = "judge") -> None:
         """
@@ -121,13 +121,13 @@ class Judge:
                 raise kind(f"{error}; asked at {model.config.base_url} for model {model.config.model}") from None
 
     def __call__(self, example: Example, rollout: Rollout) -> float | Future[float] | None:
-        """A Future of the median score, from 0 to 1; 0.0 for an empty response, None if the example has no reference.
+        """A Future of the median score, from 0 to 1; 0.0 if nothing is answered, None if the example has no reference.
 
         The Future raises CallError unless more than half of the models deliver.
         """
         if example.answer is None:
             return None
-        said = parse_answer(rollout.text)
+        said = final_answer(rollout)
         if not said:
             return 0.0
         texts = {"QUESTION": question(example), "REFERENCE": example.answer, "ANSWER": said}
@@ -216,15 +216,17 @@ class JudgeModel:
             told = self._use(*known)
             used.tokens, used.usd = told.tokens, told.usd
         try:
-            said = read_reply(reply)
+            said = read_reply(reply, self._hide)
         except CallError as error:
             raise CallError(self._plain(str(error)), again=True) from None
         return {"score": said.score, "reason": self._plain(said.reason)}
 
     def _plain(self, text: str) -> str:
         """In one line, and without the key: servers quote it."""
-        text = " ".join(text.split())
-        return (text.replace(self._secret, "[key]") if self._secret else text)[:300]
+        return self._hide(" ".join(text.split()))[:300]
+
+    def _hide(self, text: str) -> str:
+        return text.replace(self._secret, "[key]") if self._secret else text
 
 
 def about(texts: dict[str, str]) -> Question:
@@ -250,8 +252,11 @@ def fenced(texts: dict[str, str], instructions: str = INSTRUCTIONS) -> list[dict
     ]
 
 
-def read_reply(reply: Any) -> Verdict:
+def read_reply(reply: Any, hide: Callable[[str], str] = str) -> Verdict:
     """The verdict in a chat completion.
+
+    Args:
+        hide: what the message of an error is put through before it is cut: half a key is no longer found.
 
     Raises:
         CallError: it is not exactly what was asked for; it may be the next time.
@@ -269,7 +274,7 @@ def read_reply(reply: Any) -> Verdict:
         why = f"malformed verdict: {where or 'reply'}: {first['msg']}"
     except (AttributeError, TypeError, ValueError) as error:
         why = f"malformed reply: {error}"
-    raise CallError(f"{why}; it says {said[:100]!r}" if isinstance(said, str) else why, again=True)
+    raise CallError(f"{why}; it says {hide(said)[:100]!r}" if isinstance(said, str) else why, again=True)
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -43,6 +43,11 @@ def math_reward(example: Example, rollout: Rollout) -> float | None:
     return float(verify(truth, parsed, timeout_seconds=None))
 
 
+def is_plain_number(truth: str) -> bool:
+    """Whether it is an expression for sure, without a look at what it takes long to parse."""
+    return re.fullmatch(r"-?\d+(\.\d+)?", truth) is not None
+
+
 def require_math_verify() -> None:
     """Raises ValueError where math-verify is not installed; imports nothing."""
     if importlib.util.find_spec("math_verify") is None:

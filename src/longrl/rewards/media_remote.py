@@ -183,7 +183,7 @@ def _geneval_score(body: bytes, frames: int, strict: bool) -> float:
     """The mean over frames."""
     scores = _Plain(io.BytesIO(body)).load()["strict_rewards" if strict else "scores"]
     if not isinstance(scores, list) or len(scores) != frames:
-        raise ValueError(f"expected {frames} scores, got {str(scores)[:60]}")
+        raise ValueError(f"expected {frames} scores, got {scores}")
     return sum(map(_finite, scores)) / frames
 
 
@@ -196,7 +196,7 @@ class _Plain(pickle.Unpickler):
 
 def _finite(x: Any) -> float:
     if isinstance(x, bool) or not isinstance(x, int | float) or not math.isfinite(x):
-        raise ValueError(f"a score is {str(x)[:60]}, expected a finite number")
+        raise ValueError(f"a score is {x}, expected a finite number")
     return float(x)
 
 

@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 import weakref
+from collections.abc import Collection
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -38,14 +39,15 @@ class RewardError(RuntimeError):
 class Pool:
     """Worker processes that call rewards; they are started when first needed."""
 
-    def __init__(self, count: int, timeout_s: float, memory_bytes: int) -> None:
+    def __init__(self, count: int, timeout_s: float, memory_bytes: int, hidden: Collection[str] = ()) -> None:
         """
         Args:
             count: processes.
             timeout_s: that one call may take.
             memory_bytes: that one process may have.
+            hidden: variables of the environment that they are not given, besides those whose names tell.
         """
-        self.timeout_s, self.memory_bytes = timeout_s, memory_bytes
+        self.timeout_s, self.memory_bytes, self.hidden = timeout_s, memory_bytes, frozenset(hidden)
         self._threads = ThreadPoolExecutor(count, thread_name_prefix="reward")
         self._idle: queue.LifoQueue[_Worker | None] = queue.LifoQueue()
         for _ in range(count):
@@ -57,7 +59,7 @@ class Pool:
         Raises:
             ValueError: it cannot.
         """
-        worker = _Worker(self.memory_bytes, self.timeout_s)
+        worker = _Worker(self.memory_bytes, self.timeout_s, self.hidden)
         try:
             worker.ask((name, options), _LOAD_S)
         except RewardError as error:
@@ -83,7 +85,7 @@ class Pool:
         worker = self._idle.get()
         try:
             if worker is None:
-                worker = _Worker(self.memory_bytes, self.timeout_s)
+                worker = _Worker(self.memory_bytes, self.timeout_s, self.hidden)
             if name not in worker.loaded:  # importing is not the call's time
                 worker.ask((name, options), _LOAD_S)
                 worker.loaded.add(name)
@@ -95,12 +97,12 @@ class Pool:
 class _Worker:
     """One process, as its parent sees it."""
 
-    def __init__(self, memory_bytes: int, timeout_s: float) -> None:
+    def __init__(self, memory_bytes: int, timeout_s: float, hidden: frozenset[str]) -> None:
         requests, self._requests = os.pipe()
         self._replies, replies = os.pipe()
         self._printed = tempfile.TemporaryFile()  # noqa: SIM115 - it lives as long as the process
-        environment = {name: value for name, value in os.environ.items() if not _SECRET.search(name)}
-        environment |= {
+        hidden |= {name for name in os.environ if _SECRET.search(name)}
+        environment = {name: value for name, value in os.environ.items() if name not in hidden} | {
             "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path),
             "PYTHONDONTWRITEBYTECODE": "1",  # the limit of file sizes would leave halves
             "OMP_NUM_THREADS": "1",
@@ -161,7 +163,9 @@ class _Worker:
         """Ends the process and says what became of it."""
         if isinstance(error, TimeoutError):
             self.kill()
-            return f"TimeoutError: no reward after {limit_s:g} s; the worker was ended"
+            return (
+                f"TimeoutError: no reward after {limit_s:g} s; the worker was ended (see scoring.timeout_s, in_process)"
+            )
         try:
             status = self._process.wait(timeout=5)
         except subprocess.TimeoutExpired:

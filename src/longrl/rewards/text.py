@@ -20,9 +20,7 @@ def ocr_reward(example: Example, rollout: Rollout) -> float | None:
     """
     if example.answer is None:
         return None
-    truth, said = _read(example.answer), _read(final_answer(rollout) or "")
-    if not truth:
-        raise ValueError(f"example {example.id}: the truth holds no words, got {example.answer!r}")
+    truth, said = read_words(example), _read(final_answer(rollout) or "")
     if len(said) >= 2 * len(truth):  # at least as many errors as the truth has words
         return 0.0
     return max(0.0, 1 - edits(said, truth) / len(truth))
@@ -36,12 +34,24 @@ def rouge_reward(example: Example, rollout: Rollout) -> float | None:
     """
     if example.answer is None:
         return None
-    truth, said = _words(example.answer), _words(final_answer(rollout) or "")
-    if not truth:
-        raise ValueError(f"example {example.id}: the truth holds no words, got {example.answer!r}")
+    truth, said = plain_words(example), _words(final_answer(rollout) or "")
     scores = [rouge_n(said, truth, n) for n in (1, 2) if len(truth) >= n]
     scores.append(_f1(common(said, truth), len(said), len(truth)))
     return sum(scores) / len(scores)
+
+
+def read_words(example: Example) -> list[str]:
+    """The truth's words, as `ocr` compares them.
+
+    Raises:
+        ValueError: there are none.
+    """
+    return _some(_read(example.answer or ""), example)
+
+
+def plain_words(example: Example) -> list[str]:
+    """As `read_words`, for `rouge`."""
+    return _some(_words(example.answer or ""), example)
 
 
 def edits(said: Sequence[str], truth: Sequence[str]) -> int:
@@ -79,6 +89,12 @@ def rouge_n(said: Sequence[str], truth: Sequence[str], n: int) -> float:
 
 def _f1(both: int, ours: int, theirs: int) -> float:
     return 2 * both / (ours + theirs) if both else 0.0
+
+
+def _some(words: list[str], example: Example) -> list[str]:
+    if not words:
+        raise ValueError(f"example {example.id}: the truth holds no words, got {example.answer!r}")
+    return words
 
 
 def _read(text: str) -> list[str]:
