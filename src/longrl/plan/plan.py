@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
@@ -12,7 +11,7 @@ from longrl.config import DataRunConfig, EvalRunConfig, RlConfig, SftConfig, Tra
 from longrl.parallel.layout import require_heads, require_world
 from longrl.plan.choose import choose_layout, fastest_change, fits, largest_prompt, layouts, smallest_change
 from longrl.plan.cost import Cost, encode_seconds, plan_cost
-from longrl.plan.devices import GPUS, Device, find_device
+from longrl.plan.devices import CORE, GPUS, Device, find_device, host_share_bytes
 from longrl.plan.memory import plan_memory
 from longrl.plan.prompt import TEXT_TOKENS, PromptSize, prompt_size
 from longrl.plan.shapes import ModelShape, shape_of
@@ -99,7 +98,7 @@ def max_prompt_tokens(
 
     Args:
         gpu_bytes: memory of each process's GPU; None: they run on CPUs.
-        host_bytes: each process's share of the host's memory, beside a GPU; None: not judged.
+        host_bytes: each process's share of the host's memory; None: of a CPU this machine's, beside a GPU not judged.
 
     Returns:
         Tokens; None where the model's sizes are not known.
@@ -144,10 +143,12 @@ def degree_rule(
 def _without_prompt(
     config: DataRunConfig, processes: int, gpu_bytes: int | None, host_bytes: int | None
 ) -> tuple[ModelShape, Setup, Work, Device]:
-    shape, device = _shape(config), find_device("CPU", int(os.environ.get("LOCAL_WORLD_SIZE", processes)))
-    if gpu_bytes is not None:
-        # memory decides; rates only order layouts
+    # memory decides; rates only order layouts, in the same way on every machine
+    if gpu_bytes is None or config.model.device == "cpu":
+        device = replace(CORE, memory_bytes=host_share_bytes() if host_bytes is None else host_bytes)
+    else:
         device = replace(GPUS["A100-80G"], memory_bytes=gpu_bytes, host_bytes=host_bytes)
+    shape = _shape(config)
     nothing = PromptSize(video_tokens=0, text_tokens=TEXT_TOKENS, frames=0, merge=1, temporal=1, source="")
     return shape, setup_of(config, shape), work_of(config, nothing), device
 
