@@ -15,7 +15,8 @@ from longrl.plan.devices import CORE, GPUS, Device, find_device, host_share_byte
 from longrl.plan.memory import plan_memory
 from longrl.plan.prompt import TEXT_TOKENS, PromptSize, prompt_size
 from longrl.plan.shapes import ModelShape, shape_of
-from longrl.plan.work import Memory, Setup, Work
+from longrl.plan.work import Memory, Setup, Vllm, Work
+from longrl.rollout.vllm_rules import choose_engine
 
 BYTES = {"float32": 4, "bfloat16": 2, "float64": 8}
 SFT_RESPONSE_TOKENS = 1024
@@ -165,6 +166,9 @@ def _shape(config: DataRunConfig) -> ModelShape:
 def setup_of(config: DataRunConfig, shape: ModelShape) -> Setup:
     """Where `parallel.sp` is auto, of prompts that one process has to itself."""
     model, parallel, memory = config.model, config.parallel, config.memory
+    in_flight, vllm = 1, _vllm_of(config)
+    if not (vllm or _by_servers(config)) and isinstance(config, RlConfig | EvalRunConfig):
+        in_flight = config.rollout.prompts_in_flight
     sp = 1 if parallel.sp == "auto" else parallel.sp
     encoder = 0
     if shape.vision is not None:
@@ -178,7 +182,8 @@ def setup_of(config: DataRunConfig, shape: ModelShape) -> Setup:
         recompute=memory.recompute,
         offload=memory.offload,
         mlp_tile_tokens=memory.mlp_tile_tokens,
-        prompts_in_flight=config.rollout.prompts_in_flight if isinstance(config, RlConfig | EvalRunConfig) else 1,
+        prompts_in_flight=in_flight,
+        vllm=vllm,
         weight_bytes=BYTES[model.dtype],
         compute_bytes=BYTES[model.compute_dtype or model.dtype],
         lora_rank=model.lora.rank if model.lora else 0,
@@ -186,6 +191,25 @@ def setup_of(config: DataRunConfig, shape: ModelShape) -> Setup:
         offload_reference=isinstance(config, RlConfig) and config.algo.offload_reference,
         language="language" in model.train,
         encoder_parameters=encoder,
+    )
+
+
+def _by_servers(config: DataRunConfig) -> bool:
+    """Whether they draw the rollouts."""
+    return isinstance(config, RlConfig) and config.rollout.server is not None
+
+
+def _vllm_of(config: DataRunConfig) -> Vllm | None:
+    """Where it draws the rollouts, in this process."""
+    if not isinstance(config, RlConfig) or _by_servers(config):
+        return None
+    if config.rollout.engine != "vllm" and choose_engine(config)[0] != "vllm":
+        return None
+    model, asked = config.model, config.rollout.vllm
+    return Vllm(
+        share=asked.gpu_memory_utilization,
+        sleeps=asked.sleep,
+        weight_bytes=BYTES[asked.dtype or model.compute_dtype or model.dtype],
     )
 
 
@@ -213,7 +237,7 @@ def work_of(config: DataRunConfig, prompt: PromptSize) -> Work:
         group_size=share * asked,
         response_tokens=rest + config.rollout.max_new_tokens,
         max_streams=max(1, config.rollout.max_streams // asked) * asked,  # whole groups
-        rollout=True,
+        rollout=not _by_servers(config),
         trains=isinstance(config, RlConfig),
         updates=config.algo.updates_per_batch if isinstance(config, RlConfig) else 1,
         reference=isinstance(config, RlConfig) and config.algo.kl != "off",
