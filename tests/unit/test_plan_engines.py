@@ -71,6 +71,44 @@ def test_servers_take_nothing_here():
     assert "decode" not in served.cost.seconds
 
 
+@pytest.mark.parametrize(
+    ("algo", "passes", "decoded"),
+    [
+        ({}, 4, 8),
+        ({"algorithm": "grpo"}, 5, 8),
+        ({"algorithm": "reinforce_pp"}, 6, 8),  # the prompt again, once the batch is scored
+        ({"algorithm": "remax"}, 5, 9),  # the likeliest response beside the others
+        ({"algorithm": "t_grpo", "algo": {"accuracy": "answer"}}, 6, 8 + 4),  # of the shuffled video four
+        ({"algorithm": "dapo"}, 8, 5 * 8),  # at most, with four refills
+        ({"rewards": {"judge": 1.0}, "judge": {"models": {"one": {"model": "m", "base_url": "http://j/v1"}}}}, 5, 8),
+        ({"rollout": {"engine": "vllm"}}, 5, 8),  # which reads the prompt for itself
+        ({"algorithm": "reinforce_pp", "rollout": {"engine": "vllm"}}, 6, 8),
+        ({"algorithm": "dapo", "rollout": {"server": {"urls": ["http://node1:8100"]}}}, 4, 0),
+    ],
+)
+def test_passes_and_streams_are_those_of_the_algorithm_and_the_engine(algo, passes, decoded):
+    """With recomputation; tests/e2e/test_passes.py counts those that are run."""
+    given = RlConfig.model_validate(config().model_dump(exclude_unset=True) | algo)
+    made = make_plan(given, "H200", 1)
+    work = made.work
+    assert made.cost.passes == passes
+    assert work.draws * work.rollout * (work.group_size + work.greedy_streams + work.shuffled_streams) == decoded
+    lines = [line for line in plan_lines(made) if line.startswith(("passes", "time"))]
+    assert all(("at most" in line) == (given.algo.max_refills > 0) for line in lines)
+
+
+def test_more_streams_take_longer_and_more_room():
+    plain, remax, shuffled = (
+        make_plan(RlConfig.model_validate(config().model_dump(exclude_unset=True) | algo), "H200", 1)
+        for algo in ({}, {"algo": {"advantage": "remax"}}, {"algo": {"shuffled_rollouts": 8}})
+    )
+    buffers = [one.memory.phases["decode"]["decode buffers"] for one in (plain, remax, shuffled)]
+    assert buffers[1] == pytest.approx(9 / 8 * buffers[0])
+    assert buffers[2] == buffers[0]
+    assert shuffled.cost.seconds["decode"] == pytest.approx(2 * plain.cost.seconds["decode"])
+    assert shuffled.cost.seconds["prefill"] == pytest.approx(2 * plain.cost.seconds["prefill"])
+
+
 @pytest.mark.parametrize("engine", ["native", "auto"])
 def test_vllm_that_does_not_draw_takes_nothing(engine):
     assert plan(engine=engine).memory == plan().memory

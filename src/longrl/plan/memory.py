@@ -268,7 +268,7 @@ class Tally:
     def decode(self) -> dict[str, float]:
         shape, work = self.shape, self.work
         in_flight = self.setup.prompts_in_flight
-        streams = min(work.group_size * in_flight, work.max_streams)
+        streams = min((work.group_size + work.greedy_streams) * in_flight, work.max_streams)
         own = 2 * shape.layers * streams * work.response_tokens * self.kv_heads * shape.head_dim * self.wide
         logits = 4 * 8 * streams * shape.vocabulary
         return {"decode buffers": own + logits}

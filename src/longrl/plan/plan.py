@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from math import ceil
 
+from longrl.algo.advantages import ADVANTAGES
 from longrl.config import DataRunConfig, EvalRunConfig, RlConfig, SftConfig, TrainConfig
 from longrl.parallel.layout import require_heads, require_world
 from longrl.plan.choose import choose_layout, fastest_change, fits, largest_prompt, layouts, smallest_change
@@ -232,13 +233,24 @@ def work_of(config: DataRunConfig, prompt: PromptSize) -> Work:
         return work
     assert isinstance(config, RlConfig | EvalRunConfig)
     asked = config.rollout.group_size if isinstance(config, RlConfig) else config.eval.samples
-    return replace(
+    advantage = ADVANTAGES.get(config.algo.advantage) if isinstance(config, RlConfig) else None  # the user's own: plain
+    greedy = advantage is not None and advantage.greedy
+    work = replace(
         work,
         group_size=share * asked,
+        greedy_streams=share * greedy,
         response_tokens=rest + config.rollout.max_new_tokens,
-        max_streams=max(1, config.rollout.max_streams // asked) * asked,  # whole groups
+        max_streams=max(1, config.rollout.max_streams // (asked + greedy)) * (asked + greedy),  # whole groups
         rollout=not _by_servers(config),
         trains=isinstance(config, RlConfig),
-        updates=config.algo.updates_per_batch if isinstance(config, RlConfig) else 1,
-        reference=isinstance(config, RlConfig) and config.algo.kl != "off",
+    )
+    if not isinstance(config, RlConfig):
+        return work
+    return replace(
+        work,
+        updates=config.algo.updates_per_batch,
+        reference=config.algo.kl != "off",
+        shuffled_streams=share * config.algo.shuffled_rollouts,
+        waits="judge" in config.rewards or (advantage is not None and advantage.scope == "batch"),
+        draws=1 + config.algo.max_refills,
     )

@@ -33,6 +33,14 @@ class Work:
     """Of the weights on the same rollouts; from the second on each computes the prompts again."""
     reference: bool = False
     """A KL term: the reference's log-probs are needed too."""
+    greedy_streams: int = 0
+    """After one prefix, decoded beside the others and not trained (ReMax)."""
+    shuffled_streams: int = 0
+    """After the same video in another order, decoded and not trained (T-GRPO)."""
+    waits: bool = False
+    """Rewards come late, or advantages need the whole batch: the prompts are computed again for their update."""
+    draws: int = 1
+    """Times that a step's number of prompts is drawn, at most: with refills (DAPO)."""
     video_patches: int = 0
     """Patches that the tower reads, if the embeddings are not in the cache."""
     grid_patches: int = 0
