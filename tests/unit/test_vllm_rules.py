@@ -67,6 +67,10 @@ def test_other_releases_are_refused_with_what_to_install(found, message):
         ({"parallel": {"sp": "auto"}}, "parallel.sp is auto"),
         ({"model": {"path": "tiny:qwen2", "dtype": "float64"}}, "model.dtype is float64"),
         ({"model": {"path": "tiny:qwen2", "lora": {"rank": 513}}}, "model.lora.rank is 513, expected at most 512"),
+        (
+            {"rollout": {"max_new_tokens": 9, "vllm": {"max_model_len": 9}}},
+            "rollout.vllm.max_model_len is 9, expected m",
+        ),
     ],
 )
 def test_what_it_cannot_do_is_refused_and_left_to_the_built_in_engine(changes, message, monkeypatch):

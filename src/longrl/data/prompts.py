@@ -77,6 +77,17 @@ class PromptBuilder:
         self.clips = Clips(family, self.cache, ranks)
         self._counts = [(0, 0)]
 
+    def limit_to(self, tokens: int | None, limit: str) -> None:
+        """A further limit; the least of those of all ranks counts, which all call this.
+
+        Args:
+            tokens: of the longest prompt; None: no limit of this rank's.
+            limit: what says so.
+        """
+        known = [one for one in self.ranks.gather_all(tokens) if one is not None]
+        if known and (self.max_tokens is None or min(known) < self.max_tokens):
+            self.max_tokens, self.limit = min(known), limit
+
     @property
     def hit_rate(self) -> float:
         """Share of the run's look-ups that the cache answered; 1 before the first."""

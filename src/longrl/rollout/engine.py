@@ -27,6 +27,11 @@ class Engine(Protocol):
     policy: Policy
     time: Timer
 
+    @property
+    def longest_prompt(self) -> int | None:
+        """Tokens for which it has room beside a response; None: not bounded, or not known here."""
+        ...
+
     def rollout(
         self, examples: Sequence[Example], prompts: Sequence[Prompt], seeds: Sequence[int]
     ) -> Iterator[tuple[tuple[Group, ...], Prefix | None]]:

@@ -20,6 +20,8 @@ LONG_PROMPT_TOKENS = 1024
 MANY_TURNS = 4
 """`rollout.engine: auto` takes vLLM for prompts up to this long, where the built-in engine would take at least so many
 turns to decode a step: see docs/engines.md."""
+VLLM_ROOM = "vLLM's room beside rollout.max_new_tokens (rollout.vllm.max_model_len, gpu_memory_utilization)"
+"""What limits its prompts."""
 
 
 def installed() -> str | None:
@@ -57,6 +59,9 @@ def refusal(config: RlConfig, shape: ModelShape | None) -> str | None:
         return "parallel.sp is auto, but its processes are laid out once; set parallel.sp to a number"
     if config.model.dtype == "float64" and config.rollout.vllm.dtype is None:
         return "model.dtype is float64, in which it does not compute; set rollout.vllm.dtype"
+    room, new_tokens = config.rollout.vllm.max_model_len, config.rollout.max_new_tokens
+    if room is not None and room <= new_tokens:
+        return f"rollout.vllm.max_model_len is {room}, expected more than rollout.max_new_tokens ({new_tokens})"
     if config.model.lora and config.model.lora.rank > LORA_RANKS[-1]:
         return f"model.lora.rank is {config.model.lora.rank}, expected at most {LORA_RANKS[-1]}"
     return None
