@@ -112,8 +112,12 @@ class PromptBuilder:
                     f"ranks 0 and {rank} do not see the same files: only one of them skipped {', '.join(differing)}"
                 )
         self._counts = [counts for counts, _ in said]
-        kept, _ = self._look_up(examples)
-        self.clips.encode_together(clip for index in kept for clip in examples[index].clips)
+        kept, looked = self._look_up(examples)
+        lengths: dict[Clip, int] = {}
+        for example in (examples[index] for index in kept):
+            length = self.family.count_tokens(example, [looked[clip].num_tokens for clip in example.clips])
+            lengths |= {clip: max(length, lengths.get(clip, 0)) for clip in example.clips}
+        self.clips.encode_together(lengths)
 
     def __call__(self, examples: Sequence[Example], change: Change | None = None) -> tuple[list[int], list[Prompt]]:
         """Indices of the examples that can be used, and their prompts.

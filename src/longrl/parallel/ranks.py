@@ -64,6 +64,10 @@ class Ranks:
     def is_main(self) -> bool:
         return self.rank == 0
 
+    def layout(self, tokens: int) -> Ranks:
+        """Of the processes, for a prompt of so many tokens."""
+        return self if self.others is None else self.others.at(*self.others.degree(tokens))
+
     def deal(self, tokens: Sequence[int], lengths: Sequence[int]) -> list[tuple[Ranks, list[int]]]:
         """Which cohorts of a step this rank takes, and in which layout of the processes; all take those in this order.
 
