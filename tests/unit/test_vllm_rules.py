@@ -97,6 +97,17 @@ def test_the_rule_takes_vllm_for_short_prompts_and_many_turns(tmp_path, monkeypa
     assert choose_engine(config("native"))[0] == "native"
 
 
+def test_groups_of_processes_divide_the_turns(tmp_path, monkeypatch):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"problem": "one", "answer": "1"}) + "\n")
+    monkeypatch.setattr(vllm_rules, "installed", lambda: "0.32.0")
+    for sp, processes, turns, name in ((1, 1, 4, "vllm"), (1, 2, 2, "native"), (2, 2, 4, "vllm"), (2, 8, 1, "native")):
+        cfg = config("auto", data={"train": str(rows)}, parallel={"sp": sp})
+        found, why = choose_engine(cfg, processes)
+        assert found == name
+        assert why.endswith(f" and {turns}")
+
+
 def test_room_is_computed_or_refused_with_arithmetic():
     assert max_model_len(config()) == -1
     bounded = {"data": {"max_prompt_tokens": 1000}, "rollout": {"max_new_tokens": 24}}

@@ -56,7 +56,7 @@ def make_plan(config: DataRunConfig, device: str, processes: int) -> Plan:
         ValueError: the model's sizes cannot be read; processes, heads and tokens do not go together.
     """
     shape = _shape(config)
-    setup, prompt, on = setup_of(config, shape), prompt_size(config, shape), find_device(device, processes)
+    setup, prompt, on = setup_of(config, shape, processes), prompt_size(config, shape), find_device(device, processes)
     work = work_of(config, prompt)
     if config.parallel.sp == "auto":
         ulysses, ring = choose_layout(shape, work, setup, on, processes) or layouts(shape, processes)[-1]
@@ -152,7 +152,7 @@ def _without_prompt(
         device = replace(GPUS["A100-80G"], memory_bytes=gpu_bytes, host_bytes=host_bytes)
     shape = _shape(config)
     nothing = PromptSize(video_tokens=0, text_tokens=TEXT_TOKENS, frames=0, merge=1, temporal=1, source="")
-    return shape, setup_of(config, shape), work_of(config, nothing), device
+    return shape, setup_of(config, shape, processes), work_of(config, nothing), device
 
 
 def _shape(config: DataRunConfig) -> ModelShape:
@@ -164,10 +164,10 @@ def _shape(config: DataRunConfig) -> ModelShape:
     return shape
 
 
-def setup_of(config: DataRunConfig, shape: ModelShape) -> Setup:
+def setup_of(config: DataRunConfig, shape: ModelShape, processes: int) -> Setup:
     """Where `parallel.sp` is auto, of prompts that one process has to itself."""
     model, parallel, memory = config.model, config.parallel, config.memory
-    in_flight, vllm = 1, _vllm_of(config)
+    in_flight, vllm = 1, _vllm_of(config, processes)
     if not (vllm or _by_servers(config)) and isinstance(config, RlConfig | EvalRunConfig):
         in_flight = config.rollout.prompts_in_flight
     sp = 1 if parallel.sp == "auto" else parallel.sp
@@ -200,11 +200,11 @@ def _by_servers(config: DataRunConfig) -> bool:
     return isinstance(config, RlConfig) and config.rollout.server is not None
 
 
-def _vllm_of(config: DataRunConfig) -> Vllm | None:
+def _vllm_of(config: DataRunConfig, processes: int) -> Vllm | None:
     """Where it draws the rollouts, in this process."""
     if not isinstance(config, RlConfig) or _by_servers(config):
         return None
-    if config.rollout.engine != "vllm" and choose_engine(config)[0] != "vllm":
+    if config.rollout.engine != "vllm" and choose_engine(config, processes)[0] != "vllm":
         return None
     model, asked = config.model, config.rollout.vllm
     return Vllm(

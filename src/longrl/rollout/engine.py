@@ -77,7 +77,7 @@ def build_engine(
         from longrl.rollout.remote import RemoteEngine
 
         return RemoteEngine(config, policy, time, ranks, greedy=greedy)
-    name, why = choose_engine(config)
+    name, why = choose_engine(config, ranks.size)
     if ranks.is_main and config.rollout.engine != "native":
         log.info("rollouts by the engine %s: %s", name, why)
     if name == "vllm":

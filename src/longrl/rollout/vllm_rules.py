@@ -71,8 +71,8 @@ def lora_room(rank: int) -> int:
     return min(room for room in LORA_RANKS if room >= rank)
 
 
-def choose_engine(config: RlConfig) -> tuple[str, str]:
-    """The engine that `rollout.engine` stands for, and why.
+def choose_engine(config: RlConfig, processes: int = 1) -> tuple[str, str]:
+    """The engine that `rollout.engine` stands for in a run of so many processes, and why.
 
     Raises:
         ValueError: vLLM is asked for, and cannot draw these rollouts.
@@ -87,17 +87,19 @@ def choose_engine(config: RlConfig) -> tuple[str, str]:
             raise ValueError(f"rollout.engine is vllm, but {reason}")
         require_version(installed())
         return asked, "as rollout.engine says"
-    return _by_rule(config, shape, reason)
+    return _by_rule(config, processes, shape, reason)
 
 
-def _by_rule(config: RlConfig, shape: ModelShape | None, reason: str | None) -> tuple[str, str]:
+def _by_rule(config: RlConfig, processes: int, shape: ModelShape | None, reason: str | None) -> tuple[str, str]:
     if reason:
         return "native", reason
     try:
         require_version(installed())
     except RuntimeError as error:
         return "native", str(error)
-    turns = ceil(config.prompts_per_step / (config.data.share_media * config.rollout.prompts_in_flight))
+    assert config.parallel.sp != "auto", "refused"
+    groups = max(1, processes // config.parallel.sp)  # each of which takes a part of the prompts
+    turns = ceil(config.prompts_per_step / (config.data.share_media * config.rollout.prompts_in_flight * groups))
     rule = f"vllm up to {LONG_PROMPT_TOKENS:,} prompt tokens and from {MANY_TURNS} turns of the built-in engine on"
     if shape is None:
         return "native", f"{rule}; how long prompts are is not known"
