@@ -72,7 +72,7 @@ def check_command(config: AnyConfig | FlowConfig, device: str = "CPU", processes
             _report_quickstart(config)
             problems += _report_rewards(config)
         else:
-            problems += _report_run(config)
+            problems += _report_run(config, processes)
             problems += _report_plan(config, device, processes)
     if problems:
         raise ValueError(f"the run cannot start: {'; '.join(problems)}")
@@ -134,7 +134,7 @@ def _report_quickstart(config: QuickstartConfig) -> None:
     _row("rl", _steps(config.rl, config.rollout))
 
 
-def _report_run(config: DataRunConfig) -> Iterator[str]:
+def _report_run(config: DataRunConfig, processes: int | None) -> Iterator[str]:
     for name, path, problem in _files(config):
         _row(f"data.{name}", path or "", problem)
         if problem:
@@ -156,10 +156,10 @@ def _report_run(config: DataRunConfig) -> Iterator[str]:
             _row(
                 "", f"in bfloat16 engine and trainer log-probs round differently, and {stops}: set it to {BF16_DIFF:g}"
             )
-        yield from _report_engine(config)
+        yield from _report_engine(config, _size(config, processes))
 
 
-def _report_engine(config: RlConfig) -> Iterator[str]:
+def _report_engine(config: RlConfig, size: int) -> Iterator[str]:
     """Servers are not asked: a run does that before its first step."""
     if config.rollout.server:
         missing = None if find_spec("httpx2") else "the package httpx2 is not installed: pip install 'longrl[server]'"
@@ -168,7 +168,7 @@ def _report_engine(config: RlConfig) -> Iterator[str]:
             yield f"rollout.server: {missing}"
         return
     try:
-        _row("engine", ": ".join(choose_engine(config)))
+        _row("engine", ": ".join(choose_engine(config, size)))
     except (ValueError, RuntimeError) as error:
         _row("engine", config.rollout.engine, str(error))
         yield str(error)
@@ -212,8 +212,7 @@ def _report_judge(config: JudgedConfig) -> Iterator[str]:
 
 def _report_plan(config: DataRunConfig, device: str, processes: int | None) -> Iterator[str]:
     """Prints it in full, or yields what does not go together."""
-    sp, (_, size) = 1 if config.parallel.sp == "auto" else config.parallel.sp, rank_and_size()
-    size = processes or (size if size > 1 else sp)
+    sp, size = 1 if config.parallel.sp == "auto" else config.parallel.sp, _size(config, processes)
     if config.parallel.sp == "auto" and processes is None and size == 1:
         size = _enough(config, device)
     problems = [_heads_problem(config.model.path, config.parallel), _refusal(require_world, size, sp)]
@@ -228,6 +227,12 @@ def _report_plan(config: DataRunConfig, device: str, processes: int | None) -> I
         typer.echo(f"  {line}")
     if not plan.fits:
         yield refusal(plan)
+
+
+def _size(config: DataRunConfig, processes: int | None) -> int:
+    """Processes: as asked, those that torchrun has started, or as many as share a prompt."""
+    sp, (_, size) = config.parallel.sp, rank_and_size()
+    return processes or (size if size > 1 or sp == "auto" else sp)
 
 
 def _enough(config: DataRunConfig, device: str) -> int:

@@ -27,6 +27,7 @@ from longrl.report.metrics import Metrics
 from longrl.rewards.compose import build_rewards
 from longrl.rollout.ahead import Ahead
 from longrl.rollout.engine import build_engine
+from longrl.rollout.vllm_rules import VLLM_ROOM
 from longrl.totals import Totals
 from longrl.training import Batch, Training
 from longrl.types import Example
@@ -66,6 +67,7 @@ def train_rl(config: RlConfig, ranks: Ranks = ALONE) -> Path:
         training.progress("rl") as progress,
         closing(build_engine(config, policy, metrics.time, ranks, greedy=advantage.greedy)) as engine,
     ):
+        training.build.limit_to(engine.longest_prompt, VLLM_ROOM)
         with_shuffled = None
         if count := config.algo.shuffled_rollouts:
             with_shuffled = engine.resampled(config.rollout.model_copy(update={"group_size": count}))

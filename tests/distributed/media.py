@@ -106,6 +106,11 @@ def build(folder: Path, examples: list[Example], ranks: Ranks, *, max_tokens: in
     )
 
 
+def _degree(tokens: int) -> tuple[int, int]:
+    """Of `sp: auto`."""
+    return (1, 1) if tokens < 100 else (2, 1) if tokens < 200 else (4, 1)
+
+
 def run(rank: int, size: int, folder: str, clips: dict[str, Clip]) -> None:
     """The process of one rank: writes what it found to FOLDER/RANK.pickle."""
     torch.set_num_threads(1)
@@ -117,6 +122,9 @@ def run(rank: int, size: int, folder: str, clips: dict[str, Clip]) -> None:
         ranks = make_ranks(dp * sp, sp, TIMEOUT)
         if rank < dp * sp:
             found[dp, sp] = build(Path(folder, f"{dp} x {sp}"), examples, ranks)
+    auto = make_ranks(4, 1, TIMEOUT, degree=_degree)
+    found["auto"] = build(Path(folder, "auto"), examples, auto)
+    found["auto, one clip"] = build(Path(folder, "auto, one clip"), examples[:1], auto)
     ranks = make_ranks(4, 4, TIMEOUT)
     found["apart"] = build(Path(folder, f"disk of rank {rank}"), examples, ranks)
     Path(folder, f"{rank}.pickle").write_bytes(pickle.dumps(found))

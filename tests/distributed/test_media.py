@@ -96,7 +96,14 @@ def test_entries_are_byte_for_byte_those_of_one_process(found, layout):
     assert ours == theirs
 
 
-@pytest.mark.parametrize("layout", [*LAYOUTS, "apart"])
+def test_where_a_layout_depends_on_the_prompt_those_that_share_it_split_its_clip(found):
+    assert entries(found.folder / "auto") == entries(found.folder / "alone")
+    counts = [built.decoded.total() for built in found.of("auto, one clip")]
+    assert sum(counts) == 200
+    assert min(counts) > 0.5 * max(counts)
+
+
+@pytest.mark.parametrize("layout", [*LAYOUTS, "auto", "apart"])
 def test_all_ranks_keep_and_skip_what_one_process_does_and_say_so(found, layout):
     for built in found.of(layout):
         assert built.kept == found.alone.kept

@@ -9,6 +9,7 @@ import pytest
 from longrl.config import QuickstartConfig
 from longrl.config_files import load_config
 from longrl.models.trunk import Trunk
+from longrl.plan.plan import make_plan
 from longrl.policy import Policy
 from longrl.train_rl import train_rl
 from tests.e2e.conftest import rl_config
@@ -22,12 +23,26 @@ PASSES = {
     "two updates": ({"rewards": EVEN, "algo": {"updates_per_batch": 2}}, 2 * 4, 2 * 4),
     "a reference": ({"rewards": EVEN, "algo": {"kl": "k3", "kl_coef": 0.1}}, 2 * 4, 4),
     "advantages over the batch": ({"rewards": EVEN, "algo": {"advantage": "reinforce_pp"}}, 2 * 4, 4),
+    "that, and two updates": (
+        {"rewards": EVEN, "algo": {"advantage": "reinforce_pp", "updates_per_batch": 2}},
+        3 * 4,
+        2 * 4,
+    ),
+    "compared with the likeliest": ({"rewards": EVEN, "algo": {"advantage": "remax"}}, 4, 4),
+    "compared with shuffled frames": (
+        {"rewards": EVEN, "algo": {"shuffled_rollouts": 2, "accuracy": "tests.e2e.rewards:first_token_even"}},
+        2 * 4,
+        4,
+    ),
 }
+UNPLANNED = {"rewards without signal", "half of the rewards late"}
+"""What nobody knows beforehand."""
 
 
-@pytest.mark.parametrize(("changes", "forward", "backward"), PASSES.values(), ids=PASSES.keys())
-def test_passes_over_a_video(dataset, tmp_path, monkeypatch, changes, forward, backward):
-    """Four steps, each of three questions about one video, four rollouts each."""
+@pytest.mark.parametrize("name", PASSES)
+def test_passes_over_a_video(dataset, tmp_path, monkeypatch, name):
+    """Four steps, each of three questions about one video, four rollouts each. They are those of the plan."""
+    changes, forward, backward = PASSES[name]
     seen: Counter[str] = Counter()
     run_forward, run_backward = Trunk.prefix, Policy.backward
 
@@ -41,8 +56,11 @@ def test_passes_over_a_video(dataset, tmp_path, monkeypatch, changes, forward, b
 
     monkeypatch.setattr(Trunk, "prefix", prefix)
     monkeypatch.setattr(Policy, "backward", back)
-    train_rl(rl_config(dataset, tmp_path, steps=4, prompts_per_step=3, **changes))
+    config = rl_config(dataset, tmp_path, steps=4, prompts_per_step=3, **changes)
+    train_rl(config)
     assert (seen["forward"], seen["backward"]) == (forward, backward)
+    if name not in UNPLANNED:
+        assert 4 * make_plan(config, "CPU", 1).cost.passes == forward + 2 * backward
 
 
 def test_the_quickstart_takes_one_update_a_batch(root):

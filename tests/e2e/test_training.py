@@ -16,6 +16,7 @@ from longrl.models import load_family
 from longrl.parallel import attend, tensor_files
 from longrl.plan.plan import max_prompt_tokens
 from longrl.report.metrics import read_metrics
+from longrl.rollout.native import NativeEngine
 from longrl.train_rl import train_rl
 from longrl.train_sft import train_sft
 from longrl.types import MediaError
@@ -248,4 +249,21 @@ def test_what_is_over_the_memory_plan_is_refused_before_it_is_decoded(dataset, t
     assert room(least - 1) == 0
     with pytest.raises(ValueError, match=r"no room for a prompt of any length .*; longrl check names a change"):
         train_rl(config)
+    assert not decoded
+
+
+def test_what_is_over_the_engines_room_is_refused_before_it_is_decoded(dataset, tmp_path, monkeypatch):
+    """Of an engine that has less than the memory plan."""
+
+    class Small(NativeEngine):
+        longest_prompt = property(lambda self: 20)  # pyright: ignore[reportAssignmentType]
+
+    def build(config, policy, time, ranks, *, greedy):
+        return Small(policy, config.rollout, time, greedy=greedy)
+
+    decoded = []
+    monkeypatch.setattr("longrl.video.decode.Selection.read", lambda *args: decoded.append(args))
+    monkeypatch.setattr("longrl.train_rl.build_engine", build)
+    with pytest.raises(MediaError, match=r"its prompt would have \d+ tokens, .* vLLM's room beside .* allows 20;"):
+        train_rl(rl_config(dataset, tmp_path, cache={"dir": str(tmp_path / "cache")}))
     assert not decoded

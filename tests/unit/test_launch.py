@@ -37,10 +37,8 @@ def test_processes_are_numbered_node_by_node(work):
     places = [place for node in range(2) for place in work().environments(node, "10.0.0.1", 29500)]
     assert [place["RANK"] for place in places] == [str(rank) for rank in range(8)]
     assert [place["LOCAL_RANK"] for place in places] == list("01230123")
-    assert all(
-        (place["WORLD_SIZE"], place["MASTER_ADDR"], place["MASTER_PORT"]) == ("8", "10.0.0.1", "29500")
-        for place in places
-    )
+    names = ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    assert all([place[name] for name in names] == ["8", "4", "10.0.0.1", "29500"] for place in places)
 
 
 def test_ray_is_asked_for_cores_and_on_gpus_for_one_a_process(work):
@@ -69,6 +67,15 @@ def test_the_script_is_bash_and_asks_for_what_was_said(work, tmp_path):
     assert text.splitlines()[1 : len(options) + 1] == [f"#SBATCH --{option}" for option in options]  # at the top
     assert bash("-n", text).returncode == 0
     assert "gpus" not in slurm.script(work(), None, 300, None)
+
+
+def test_a_task_of_slurm_knows_its_place(work, tmp_path):
+    """The script with a stand-in for srun, which starts the command of one task."""
+    place = "SLURM_PROCID=5 SLURM_LOCALID=1 SLURM_NTASKS=8 SLURM_LAUNCH_NODE_IPADDR=10.0.0.1"
+    stand_ins(tmp_path, srun=f'shift 2; {place} "${{@:1:4}}" env > task')
+    assert bash("-", slurm.script(work(), None, 300, None)).returncode == 0
+    told = {"RANK=5", "LOCAL_RANK=1", "WORLD_SIZE=8", "LOCAL_WORLD_SIZE=4", "MASTER_ADDR=10.0.0.1", "MASTER_PORT=20017"}
+    assert told <= set((tmp_path / "task").read_text().splitlines())
 
 
 def test_an_evaluation_is_not_queued_again(work, tmp_path):

@@ -214,6 +214,9 @@ def test_largest_prompt_of_a_configuration(tmp_path):
     most = max_prompt_tokens(config(tmp_path, parallel={"sp": "auto"}, **keys), 8, 139 * GIB)
     assert most > 4 * max_prompt_tokens(small, 8, 139 * GIB)
     assert max_prompt_tokens(config(tmp_path, model={"path": "nowhere"}), 1, GIB) is None
+    beside = config(tmp_path, **keys | {"model": keys["model"] | {"device": "cpu"}})  # a GPU that it does not use
+    assert max_prompt_tokens(beside, 1, 80 * GIB, 64 * GIB) == max_prompt_tokens(beside, 1, None, 64 * GIB)
+    assert max_prompt_tokens(beside, 1, None, 64 * GIB) < max_prompt_tokens(beside, 1, None, 128 * GIB)
 
 
 def test_degree_grows_with_the_prompt(tmp_path):

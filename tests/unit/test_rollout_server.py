@@ -51,7 +51,8 @@ def asked(**changes: Any) -> Asked:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"token_ids": []}, r"token_ids: .*at least 1"),
+        ({"token_ids": []}, r"token_ids: .*at least 2"),
+        ({"token_ids": [1], "position_ids": [[0]] * 3}, r"token_ids: .*at least 2"),
         ({"token_ids": [1, -2, 3]}, r"token_ids\.1: .*greater than or equal to 0"),
         ({"token_ids": [1, 2.5, 3]}, r"token_ids\.1: .*integer"),
         ({"position_ids": [[0, 1]]}, "2 positions for 3 tokens, expected as many"),

@@ -67,6 +67,10 @@ def test_other_releases_are_refused_with_what_to_install(found, message):
         ({"parallel": {"sp": "auto"}}, "parallel.sp is auto"),
         ({"model": {"path": "tiny:qwen2", "dtype": "float64"}}, "model.dtype is float64"),
         ({"model": {"path": "tiny:qwen2", "lora": {"rank": 513}}}, "model.lora.rank is 513, expected at most 512"),
+        (
+            {"rollout": {"max_new_tokens": 9, "vllm": {"max_model_len": 9}}},
+            "rollout.vllm.max_model_len is 9, expected m",
+        ),
     ],
 )
 def test_what_it_cannot_do_is_refused_and_left_to_the_built_in_engine(changes, message, monkeypatch):
@@ -91,6 +95,17 @@ def test_the_rule_takes_vllm_for_short_prompts_and_many_turns(tmp_path, monkeypa
     assert "vllm up to 1,024 prompt tokens and from 4 turns of the built-in" in found["0.32.0", 10, 2][1]
     assert "vLLM is not installed" in found[None, 10, 1][1]
     assert choose_engine(config("native"))[0] == "native"
+
+
+def test_groups_of_processes_divide_the_turns(tmp_path, monkeypatch):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"problem": "one", "answer": "1"}) + "\n")
+    monkeypatch.setattr(vllm_rules, "installed", lambda: "0.32.0")
+    for sp, processes, turns, name in ((1, 1, 4, "vllm"), (1, 2, 2, "native"), (2, 2, 4, "vllm"), (2, 8, 1, "native")):
+        cfg = config("auto", data={"train": str(rows)}, parallel={"sp": sp})
+        found, why = choose_engine(cfg, processes)
+        assert found == name
+        assert why.endswith(f" and {turns}")
 
 
 def test_room_is_computed_or_refused_with_arithmetic():

@@ -83,6 +83,16 @@ def test_an_engine_of_another_precision_is_corrected_or_stops_the_run(dataset, t
         assert 0 < line["correction/bounded"] < 1
 
 
+def test_what_is_longer_than_its_room_is_left_out(dataset, tmp_path):
+    rows = texts(tmp_path)
+    with Path(rows["train"]).open("a") as file:
+        file.write(json.dumps({"id": "long", "problem": "why? " * 99, "answer": "1"}) + "\n")
+    rollout = {**ROLLOUT, "vllm": {"max_model_len": 128}}
+    given = {**LEARNING, "steps": 2, "rollout": rollout, "model": {"path": "tiny:qwen2"}}
+    lines = run(rl_config(dataset, tmp_path, **given, data=rows | {"on_error": "skip"}))
+    assert [line["data/skipped"] for line in lines][-1] == 1
+
+
 def test_shuffled_and_greedy_rollouts_and_refills_come_from_the_same_engine(dataset, tmp_path):
     for name in ("t_grpo", "remax", "dapo"):
         folder = tmp_path / name

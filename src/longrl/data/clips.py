@@ -1,8 +1,8 @@
 """The clips of a batch: who looks them up, who encodes them, and what the ranks tell each other about it.
 
-Each clip that the cache lacks is encoded once. One with at least as many chunks (`MediaSize`) as a sequence group has
-ranks is split: it goes to one group, whose ranks decode and encode a run of chunks each, and write the rows to their
-place in the entry's file. Shorter clips are dealt out whole, to all ranks. What travels is keys, sizes and errors.
+Each clip that the cache lacks is encoded once. One with at least as many chunks (`MediaSize`) as ranks will share its
+prompt is split: it goes to one such group, whose ranks decode and encode a run of chunks each, and write the rows to
+their place in the entry's file. Other clips are dealt out whole, to all ranks. What travels is keys, sizes and errors.
 
 A part is read in the quick way only, and where a rank cannot go on, or the parts do not fit together, the group's first
 rank encodes the whole clip: what becomes of a damaged file, and what is said about it, is what one process would do.
@@ -11,7 +11,8 @@ rank encodes the whole clip: what becomes of a damaged file, and what is said ab
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -33,8 +34,8 @@ class Clips:
         self.family, self.cache, self.ranks = family, cache, ranks
         self._looked: dict[Clip, Looked | MediaError] = {}
         """What all ranks have been told; of one process nothing."""
-        self._one_folder = True
-        """Whether the ranks of this group see each other's files in the cache, as far as is known."""
+        self._apart: set[Ranks] = set()
+        """Layouts in which the ranks of this group do not see each other's files in the cache."""
 
     def look_up_together(self, clips: Iterable[Clip]) -> None:
         """Deals clips to all ranks, which all call this; one looks at a clip, and all believe what it says."""
@@ -52,19 +53,25 @@ class Clips:
         except MediaError as error:
             return error
 
-    def encode_together(self, clips: Iterable[Clip]) -> None:
-        """Encodes those of the clips, looked up together, that the cache lacks. All ranks call this."""
+    def encode_together(self, lengths: Mapping[Clip, int]) -> None:
+        """Encodes those of the clips, looked up together, that the cache lacks. All ranks call this.
+
+        Args:
+            lengths: tokens of the longest prompt with each clip, which say how many ranks share it.
+        """
         ranks = self.ranks
-        together: list[tuple[Clip, Looked]] = []
+        together: defaultdict[Ranks, list[tuple[Clip, Looked]]] = defaultdict(list)
         whole: list[tuple[Clip, Looked]] = []
-        for clip in dict.fromkeys(clips):
+        for clip, tokens in lengths.items():
             looked = self._looked[clip]
             if isinstance(looked, Looked) and looked.size is not None:
-                is_long = 1 < ranks.sp_size <= looked.size.num_chunks
-                (together if is_long else whole).append((clip, looked))
+                layout = ranks.layout(tokens)
+                is_long = 1 < layout.sp_size <= looked.size.num_chunks
+                (together[layout] if is_long else whole).append((clip, looked))
         errors = {clip: self._encode(clip, looked) for clip, looked in _share(whole, ranks.rank, ranks.size)}
-        for clip, looked in _share(together, ranks.dp_rank, ranks.dp_size):
-            errors[clip] = self._encode_split(clip, looked)
+        for layout, some in together.items():
+            for clip, looked in _share(some, layout.dp_rank, layout.dp_size):
+                errors[clip] = self._encode_split(clip, looked, layout)
         for part in ranks.gather_all({clip: error for clip, error in errors.items() if error is not None}):
             self._looked |= part
 
@@ -88,33 +95,34 @@ class Clips:
         except MediaError as error:
             return error
 
-    def _encode_split(self, clip: Clip, looked: Looked) -> MediaError | None:
+    def _encode_split(self, clip: Clip, looked: Looked, ranks: Ranks) -> MediaError | None:
         """On every rank of a sequence group; the first one opens the file and closes it."""
-        ranks, first = self.ranks, self.ranks.sp_rank == 0
+        first = ranks.sp_rank == 0
         assert looked.size is not None
-        if self._one_folder:
+        if ranks not in self._apart:
             with self.cache.writing(looked.key, looked.size) if first else nullcontext() as entry:
                 name = ranks.once(lambda: entry.path.relative_to(self.cache.dir) if entry else Path())
                 mine = EntryFile(self.cache.dir / name, looked.size)
-                said = ranks.gather_sp(self._write_share(mine, clip, looked))
+                said = ranks.gather_sp(self._write_share(mine, clip, looked, ranks))
                 parts = [part for part in said if isinstance(part, Part)]
                 parts = [part for part in parts if part.about == parts[0].about]
                 if entry is not None and len(parts) == len(said):
                     entry.seal(looked.key, parts)
             if len(parts) == len(said):
                 return None
-            self._one_folder = None not in said
-            if not self._one_folder and first:
-                logger.warning(
-                    "cache.dir %s is not one folder for all ranks, so each encodes every clip by itself; name a folder "
-                    "that they share",
-                    self.cache.dir,
-                )
+            if None in said:
+                self._apart.add(ranks)
+                if first:
+                    logger.warning(
+                        "cache.dir %s is not one folder for all ranks, so each encodes every clip by itself; name a "
+                        "folder that they share",
+                        self.cache.dir,
+                    )
         return ranks.once(self._encode, clip, looked)
 
-    def _write_share(self, entry: EntryFile, clip: Clip, looked: Looked) -> Part | MediaError | None:
+    def _write_share(self, entry: EntryFile, clip: Clip, looked: Looked, ranks: Ranks) -> Part | MediaError | None:
         """Decodes and encodes this rank's chunks; None: it does not see the file."""
-        size, ranks = entry.size, self.ranks
+        size = entry.size
         start, stop = (size.num_chunks * (ranks.sp_rank + i) // ranks.sp_size for i in (0, 1))
         if not entry.path.exists():
             return None

@@ -77,6 +77,17 @@ class PromptBuilder:
         self.clips = Clips(family, self.cache, ranks)
         self._counts = [(0, 0)]
 
+    def limit_to(self, tokens: int | None, limit: str) -> None:
+        """A further limit; the least of those of all ranks counts, which all call this.
+
+        Args:
+            tokens: of the longest prompt; None: no limit of this rank's.
+            limit: what says so.
+        """
+        known = [one for one in self.ranks.gather_all(tokens) if one is not None]
+        if known and (self.max_tokens is None or min(known) < self.max_tokens):
+            self.max_tokens, self.limit = min(known), limit
+
     @property
     def hit_rate(self) -> float:
         """Share of the run's look-ups that the cache answered; 1 before the first."""
@@ -101,8 +112,12 @@ class PromptBuilder:
                     f"ranks 0 and {rank} do not see the same files: only one of them skipped {', '.join(differing)}"
                 )
         self._counts = [counts for counts, _ in said]
-        kept, _ = self._look_up(examples)
-        self.clips.encode_together(clip for index in kept for clip in examples[index].clips)
+        kept, looked = self._look_up(examples)
+        lengths: dict[Clip, int] = {}
+        for example in (examples[index] for index in kept):
+            length = self.family.count_tokens(example, [looked[clip].num_tokens for clip in example.clips])
+            lengths |= {clip: max(length, lengths.get(clip, 0)) for clip in example.clips}
+        self.clips.encode_together(lengths)
 
     def __call__(self, examples: Sequence[Example], change: Change | None = None) -> tuple[list[int], list[Prompt]]:
         """Indices of the examples that can be used, and their prompts.

@@ -31,7 +31,8 @@ export MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000))
 [ -z "${{SLURM_CPUS_PER_TASK:-}}" ] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
 ranks() {{
   srun --kill-on-bad-exit=0 --wait=60 bash -c '
-    export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS MASTER_ADDR=$SLURM_LAUNCH_NODE_IPADDR
+    export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS LOCAL_WORLD_SIZE={here}
+    export MASTER_ADDR=$SLURM_LAUNCH_NODE_IPADDR
     exec "$@"' rank {command}
 }}
 """
@@ -113,7 +114,7 @@ def script(work: Work, time: str | None, stop_before_s: int, cpus: int | None) -
         options["gpus-per-node"] = work.processes_per_node
     if cpus is not None:
         options["cpus-per-task"] = cpus
-    body = _RANKS.format(command=shlex.join(work.command))
+    body = _RANKS.format(here=work.processes_per_node, command=shlex.join(work.command))
     if work.resumes:
         options |= {"requeue": None, "signal": f"B:USR1@{stop_before_s}"}
         checkpoints = shlex.quote(str(run_dir / CHECKPOINTS))

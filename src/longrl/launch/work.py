@@ -39,11 +39,10 @@ class Work:
             node: which, from 0.
             address: of node 0, where process 0 listens on `port`.
         """
-        common = {"WORLD_SIZE": str(self.size), "MASTER_ADDR": address, "MASTER_PORT": str(port)}
-        first = node * self.processes_per_node
-        return [
-            {"RANK": str(first + local), "LOCAL_RANK": str(local)} | common for local in range(self.processes_per_node)
-        ]
+        here = self.processes_per_node
+        common = {"WORLD_SIZE": str(self.size), "LOCAL_WORLD_SIZE": str(here)}
+        common |= {"MASTER_ADDR": address, "MASTER_PORT": str(port)}
+        return [{"RANK": str(node * here + local), "LOCAL_RANK": str(local)} | common for local in range(here)]
 
     @property
     def on_gpus(self) -> bool:

@@ -64,6 +64,10 @@ class Ranks:
     def is_main(self) -> bool:
         return self.rank == 0
 
+    def layout(self, tokens: int) -> Ranks:
+        """Of the processes, for a prompt of so many tokens."""
+        return self if self.others is None else self.others.at(*self.others.degree(tokens))
+
     def deal(self, tokens: Sequence[int], lengths: Sequence[int]) -> list[tuple[Ranks, list[int]]]:
         """Which cohorts of a step this rank takes, and in which layout of the processes; all take those in this order.
 
@@ -130,8 +134,8 @@ def start_ranks(
     """Joins the processes that torchrun started; one that was started otherwise is alone.
 
     Args:
-        rule: of `sp: auto`, for so many processes with so many bytes of GPU memory (None: they run on CPUs) and of
-            host memory each.
+        rule: of `sp: auto`, for so many processes with at least so many bytes of GPU memory (None: there are no GPUs)
+            and of host memory each.
 
     Raises:
         ValueError: their number is not a multiple of config.sp.
@@ -151,7 +155,10 @@ def start_ranks(
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     _join(backend, timeout)
     try:
-        degree = rule(size, gpu_bytes, host_share_bytes()) if rule and config.sp == "auto" else None
+        degree = None
+        if rule and config.sp == "auto":  # of the least memory, so that all lay the processes out in the same way
+            gpus, hosts = zip(*_gather(dist.group.WORLD, (gpu_bytes, host_share_bytes())), strict=True)
+            degree = rule(size, None if None in gpus else min(gpus), min(hosts))
         yield make_ranks(size, sp, timeout, config.ring, degree)
     except RuntimeError as error:
         if not isinstance(error, dist.DistError) and "gloo" not in str(error):  # whose errors have no type of their own

@@ -11,9 +11,9 @@ from math import ceil
 from longrl.parallel.layout import require_heads
 from longrl.plan.cost import plan_cost
 from longrl.plan.devices import Device
-from longrl.plan.memory import plan_memory
+from longrl.plan.memory import Tally, plan_memory
 from longrl.plan.shapes import ModelShape
-from longrl.plan.work import Setup, Work
+from longrl.plan.work import Setup, Vllm, Work
 
 TILE = 4096
 CLEARLY = 0.98
@@ -93,18 +93,20 @@ def smallest_change(
 ) -> tuple[dict[str, str], Work, Setup] | None:
     """What to set so that it fits, tried in all combinations.
 
-    First what changes no result: recomputation, offload, tiles, one prompt in flight and layout of the processes, then
-    of up to eight times as many; of that the fewest keys, then the fastest. Only then adapters in the place of full
-    fine-tuning, and fewer frames.
+    First what changes no result: recomputation, offload, tiles, one prompt in flight, less memory for vLLM and layout
+    of the processes, then of up to eight times as many; of that the fewest keys, then the fastest. Only then adapters
+    in the place of full fine-tuning, and fewer frames.
 
     Returns:
         Configuration keys and values, with the work and setup that they come to; None where nothing helps.
     """
-    in_flight = {setup.prompts_in_flight, 1}
+    in_flight, engines = {setup.prompts_in_flight, 1}, _engines(setup.vllm)
     for lossy, times in product((False, True), (1, 2, 4, 8)):
         best, one = None, device.shared_by(times)
-        for changes, results, other_work, other in _tries(shape, work, setup, processes * times, in_flight):
+        for changes, results, other_work, other in _tries(shape, work, setup, processes * times, in_flight, engines):
             if bool(results) != lossy or not fits(shape, other_work, other, one):
+                continue
+            if other.vllm != setup.vllm and Tally(shape, other_work, other, one).vllm_lacks:
                 continue
             cost = (results, len(changes), other.sp, plan_cost(shape, other_work, other, one).total_s)
             if best is None or cost < best[0]:
@@ -124,8 +126,8 @@ def fastest_change(
         Configuration keys and values, with the setup that they come to; None where nothing is clearly faster.
     """
     before, found = _step_s(shape, work, setup, device, processes), []
-    in_flight = {setup.prompts_in_flight, *((1, 2, 4, 8) if work.rollout else ())}
-    for changes, results, _, other in _tries(shape, work, setup, processes, in_flight):
+    in_flight = {setup.prompts_in_flight, *((1, 2, 4, 8) if work.rollout and not setup.vllm else ())}
+    for changes, results, _, other in _tries(shape, work, setup, processes, in_flight, [setup.vllm]):
         if not results and fits(shape, work, other, device):
             after = _step_s(shape, work, other, device, processes)
             if after < WORTH * before:
@@ -140,17 +142,32 @@ def _step_s(shape: ModelShape, work: Work, setup: Setup, device: Device, process
     return plan_cost(shape, work, setup, device, max(1, processes // setup.sp)).total_s
 
 
+def _engines(vllm: Vllm | None) -> list[Vllm | None]:
+    """As it is, and with less memory."""
+    if vllm is None:
+        return [None]
+    return [
+        replace(vllm, share=vllm.share / part, sleeps=sleeps)
+        for part, sleeps in product((1, 2, 4), sorted({vllm.sleeps, True}))
+    ]
+
+
 def _tries(
-    shape: ModelShape, work: Work, setup: Setup, processes: int, in_flight: Collection[int]
+    shape: ModelShape,
+    work: Work,
+    setup: Setup,
+    processes: int,
+    in_flight: Collection[int],
+    engines: Collection[Vllm | None],
 ) -> Iterator[tuple[dict[str, str], int, Work, Setup]]:
     """(changes, how many of them change results, work, setup)."""
     tiles = {setup.mlp_tile_tokens, TILE}
     at_least = {(u, r) for u, r in layouts(shape, processes) if u * r >= setup.sp} | {(setup.ulysses, setup.ring)}
     # not where the encoder is trained: adapters are for the language model alone
     adapters = {setup.lora_rank, setup.lora_rank or (0 if setup.encoder_parameters else LORA_RANK)}
-    for recompute, offload, tile, (ulysses, ring), sharded, lora, reference, together, fewer in product(
+    for recompute, offload, tile, (ulysses, ring), sharded, lora, reference, together, vllm, fewer in product(
         ("none", "layer", "keep_attention"), (False, True), tiles, at_least, (False, True), adapters, (False, True),
-        in_flight, (1, 2, 4, 8),
+        in_flight, engines, (1, 2, 4, 8),
     ):  # fmt: skip
         away = reference and work.reference and not lora
         if (offload and recompute == "none") or (sharded and ulysses * ring == 1) or reference != away:
@@ -167,6 +184,7 @@ def _tries(
             lora_targets=setup.lora_targets or tuple(shape.linears),
             offload_reference=reference,
             prompts_in_flight=together,
+            vllm=vllm,
         )
         changes = {
             "parallel.sp": str(other.sp) if other.sp != setup.sp else None,
@@ -180,6 +198,10 @@ def _tries(
             "model.lora.rank": str(LORA_RANK) if lora != setup.lora_rank else None,
             "frames": f"1/{fewer}" if fewer > 1 else None,
         }
+        if vllm and setup.vllm:
+            share, before = f"{vllm.share:g}", f"{setup.vllm.share:g}"
+            changes["rollout.vllm.gpu_memory_utilization"] = share if share != before else None
+            changes["rollout.vllm.sleep"] = "true" if vllm.sleeps != setup.vllm.sleeps else None
         results = (fewer - 1) + 2 * (lora != setup.lora_rank)
         shorter = replace(work, prompt_tokens=ceil(work.prompt_tokens / fewer))
         yield {key: value for key, value in changes.items() if value is not None}, results, shorter, other

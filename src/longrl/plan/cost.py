@@ -21,7 +21,8 @@ class Cost:
     """Of one step, on each process that shares a prompt."""
 
     passes: float
-    """Over a prompt, in forward passes; a backward pass counts two, what it recomputes its share of one more."""
+    """Over a prompt that is trained, in forward passes; a backward pass counts two, what it recomputes its share of one
+    more. With refills at most, as are the others."""
     flops: float
     """Of all processes that share a prompt and for one prompt: what the algorithm asks for, without recomputation."""
     seconds: dict[str, float]
@@ -39,24 +40,27 @@ def plan_cost(shape: ModelShape, work: Work, setup: Setup, device: Device, group
     """
     rounds = ceil(work.prefixes / groups)
     prefix = _Pass(shape, work, setup, device)
-    suffix = _Suffix(shape, work, setup, device, together=min(setup.prompts_in_flight, rounds))
+    together = rounds if setup.vllm else min(setup.prompts_in_flight, rounds)
+    suffix = _Suffix(shape, work, setup, device, together)
     frozen = setup.lora_rank > 0 or not setup.language
     again = {"none": 0.0, "layer": 1.0, "keep_attention": prefix.products_s / prefix.forward_s}[setup.recompute]
     moved = Tally(shape, work, setup, device).kept()[1] / (device.host_link * device.movement)
-    seconds = {"prefill": max(prefix.forward_s, moved) + prefix.messages_s + prefix.gather_s}
-    passes, flops = 1.0, prefix.flops
+    forwards = _forwards(work, setup)
+    seconds = {"prefill": forwards * (max(prefix.forward_s, moved) + prefix.messages_s + prefix.gather_s)}
+    passes, flops = float(forwards), forwards * prefix.flops
     if work.rollout:
-        seconds["decode"] = suffix.decode_s + prefix.gather_s
-        flops += suffix.flops
+        drawn = [work.group_size + work.greedy_streams, *([work.shuffled_streams] if work.shuffled_streams else [])]
+        seconds["decode"] = work.draws * sum(suffix.decode_s(streams) + prefix.gather_s for streams in drawn)
+        flops += work.draws * sum(drawn) / work.group_size * suffix.flops
     if work.reference:
-        seconds["reference"] = prefix.forward_s + prefix.messages_s + suffix.forward_s + 2 * prefix.gather_s
-        passes, flops = passes + 1, flops + prefix.flops + suffix.flops
+        each = prefix.forward_s + prefix.messages_s + suffix.forward_s + 2 * prefix.gather_s
+        seconds["reference"] = work.draws * each
+        passes, flops = passes + work.draws, flops + work.draws * (prefix.flops + suffix.flops)
     if work.trains:
         # frozen weights have no gradients of their own; those of attention cost five products where forward has two
         products, attention, updates = 1.0 if frozen else 2.0, 2.5, work.updates
         backward = prefix.products_s * products + prefix.attention_s * attention
         backward += again * (prefix.forward_s + prefix.messages_s)
-        seconds["prefill"] *= updates
         seconds["suffix"] = updates * suffix.forward_s * (1 + products + (again > 0))
         seconds["suffix"] += updates * suffix.micro_batches * 2 * prefix.gather_s
         seconds["prefix backward"] = updates * (max(backward, moved) + prefix.messages_back_s + prefix.gather_s)
@@ -64,13 +68,21 @@ def plan_cost(shape: ModelShape, work: Work, setup: Setup, device: Device, group
             seconds["gradients"] = updates * 2 * (suffix.micro_batches + 1) * prefix.gather_s
         if setup.encoder_parameters:  # forward again, and backward, each rank the rows it has
             seconds["encoder"] = 3 * encode_seconds(shape, work, setup, device) / setup.sp
-        passes += (updates - 1) + updates * (2 + again)
-        flops += (updates - 1) * prefix.flops + updates * (1 + products) * suffix.flops
+        passes += updates * (2 + again)
+        flops += updates * (1 + products) * suffix.flops
         flops += updates * (products * prefix.flops_products + 2 * prefix.flops_attention)
     seconds = {name: rounds * value for name, value in seconds.items()}
     if work.trains:
         seconds["optimizer"] = work.updates * prefix.optimizer_s
     return Cost(passes=passes, flops=flops, seconds=seconds)
+
+
+def _forwards(work: Work, setup: Setup) -> int:
+    """Passes over a prompt, without the reference's: to draw its rollouts, and for each update, the first of which has
+    that of the built-in engine if it need not wait."""
+    drawn = work.draws * (1 + (work.shuffled_streams > 0)) if work.rollout else 0
+    shared = work.rollout and work.trains and not (work.waits or setup.vllm)
+    return drawn + work.trains * work.updates - shared
 
 
 def encode_seconds(shape: ModelShape, work: Work, setup: Setup, device: Device) -> float:
@@ -114,14 +126,20 @@ class _Suffix:
         rate, tokens = device.flops[setup.compute_bytes], work.suffix_tokens
         weights = shape.layers * shape.layer_matrices + shape.vocabulary * shape.width
         attention = 4.0 * shape.layers * shape.heads * shape.head_dim * (work.prompt_tokens + work.response_tokens / 2)
+        self.work, self.together = work, together
         self.flops = tokens * (2.0 * weights + attention)
         per_token = 2.0 * weights / device.products + attention / device.attention
         self.forward_s = tokens * per_token / setup.sp / rate
         self.micro_batches = ceil(tokens / max(1, tally.micro_batch * setup.sp))
-        streams = min(together * work.group_size, work.max_streams)
-        turns, speed = ceil(together * work.group_size / streams), device.bandwidth * device.movement
-        read = tally.b * weights + max(1.0, together / turns) * tally.prefix_kv
-        computed = streams * self.flops / tokens / rate / device.products / setup.sp
-        messages = (setup.ulysses > 1) + (setup.ring > 1)
-        launched = shape.layers * (OPERATIONS * device.launch_s + messages * LATENCY_S)
-        self.decode_s = turns / together * work.response_tokens * (max(read / speed, computed) + launched)
+        messages, speed = (setup.ulysses > 1) + (setup.ring > 1), device.bandwidth * device.movement
+        self.launched_s = shape.layers * (OPERATIONS * device.launch_s + messages * LATENCY_S)
+        self.weights_s, self.prefix_s = tally.b * weights / speed, tally.prefix_kv / speed
+        self.computed_s = self.flops / tokens / rate / device.products / setup.sp
+
+    def decode_s(self, streams: int) -> float:
+        """Of so many after one prefix."""
+        work, together = self.work, self.together
+        beside = min(together * streams, work.max_streams)
+        turns = ceil(together * streams / beside)
+        read_s = self.weights_s + max(1.0, together / turns) * self.prefix_s
+        return turns / together * work.response_tokens * (max(read_s, beside * self.computed_s) + self.launched_s)

@@ -8,6 +8,8 @@ import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from longrl.runtime import rank_and_size
+
 GIB = 2**30
 
 
@@ -42,7 +44,7 @@ class Device:
 
     @property
     def is_cpu(self) -> bool:
-        return self.name == "CPU"
+        return self.name == CORE.name
 
     @property
     def planned_bytes(self) -> int:
@@ -94,7 +96,18 @@ GPUS = {
         attention=0.4,
     ),
 }
-DEVICES = (*GPUS, "CPU")
+CORE = Device(
+    name="CPU",
+    memory_bytes=0,
+    flops={2: 60e9, 4: 60e9, 8: 30e9},
+    bandwidth=10e9,
+    link=2e9,
+    host_link=5e9,
+    launch_s=1e-5,
+    runtime_bytes=int(0.2e9),
+)
+"""Of any machine."""
+DEVICES = (*GPUS, CORE.name)
 
 
 def find_device(name: str, processes: int = 1) -> Device:
@@ -108,19 +121,11 @@ def find_device(name: str, processes: int = 1) -> Device:
     if name in GPUS:
         here = _gpus_here(name)
         return replace(GPUS[name], host_bytes=_machine_bytes() // min(here, processes) if here else None)
-    if name != "CPU":
+    if name != CORE.name:
         raise ValueError(f"no device {name!r}; known: {', '.join(DEVICES)}")
     cores = max(1.0, len(os.sched_getaffinity(0)) / processes) if hasattr(os, "sched_getaffinity") else 1.0
-    return Device(
-        name="CPU",
-        memory_bytes=_machine_bytes() // processes,
-        flops={2: 60e9 * cores, 4: 60e9 * cores, 8: 30e9 * cores},
-        bandwidth=10e9,
-        link=2e9,
-        host_link=5e9,
-        launch_s=1e-5,
-        runtime_bytes=int(0.2e9),
-    )
+    flops = {size: rate * cores for size, rate in CORE.flops.items()}
+    return replace(CORE, memory_bytes=_machine_bytes() // processes, flops=flops)
 
 
 def _gpus_here(name: str, driver: Path = Path("/proc/driver/nvidia/gpus")) -> int:
@@ -131,7 +136,7 @@ def _gpus_here(name: str, driver: Path = Path("/proc/driver/nvidia/gpus")) -> in
 
 def host_share_bytes() -> int:
     """Of this machine's memory, for each of the processes that torchrun started here."""
-    return _machine_bytes() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return _machine_bytes() // int(os.environ.get("LOCAL_WORLD_SIZE", rank_and_size()[1]))
 
 
 def _machine_bytes() -> int:

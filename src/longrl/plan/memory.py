@@ -249,10 +249,26 @@ class Tally:
         return 8 if self.device.is_cpu and self.b == 4 else self.b
 
     @property
+    def vllm_weights(self) -> float:
+        """With the tower, which not all models have there."""
+        assert self.setup.vllm is not None
+        parameters = self.shape.trunk_parameters + self.shape.tower_parameters
+        return self.setup.vllm.weight_bytes * parameters / self.setup.sp
+
+    @property
+    def vllm_lacks(self) -> bool:
+        """Whether its weights and one response have no room in what vLLM takes."""
+        if (vllm := self.setup.vllm) is None:
+            return False
+        kv = 2 * self.shape.layers * self.kv_heads * self.shape.head_dim * vllm.weight_bytes
+        longest = self.work.prompt_tokens + self.work.response_tokens
+        return vllm.share * self.device.memory_bytes < self.vllm_weights + kv * longest
+
+    @property
     def decode(self) -> dict[str, float]:
         shape, work = self.shape, self.work
         in_flight = self.setup.prompts_in_flight
-        streams = min(work.group_size * in_flight, work.max_streams)
+        streams = min((work.group_size + work.greedy_streams) * in_flight, work.max_streams)
         own = 2 * shape.layers * streams * work.response_tokens * self.kv_heads * shape.head_dim * self.wide
         logits = 4 * 8 * streams * shape.vocabulary
         return {"decode buffers": own + logits}
@@ -267,7 +283,9 @@ def plan_memory(shape: ModelShape, work: Work, setup: Setup, device: Device) -> 
     one_prompt = {"prefix KV": t.prefix_kv, **kept} | (t.media if work.trains else {})
     here = steady | {part: size * setup.prompts_in_flight for part, size in one_prompt.items()}
     phases = {"prefill": here | t.prefix_layer(work.trains) | t.gathered(2)}
-    if work.rollout:
+    if setup.vllm:  # draws all responses before the first prefix
+        phases["decode"] = dict(steady)
+    elif work.rollout:
         phases["decode"] = here | t.decode | t.gathered(shape.layers)
     if work.reference:
         reference = {"reference's prefix KV": t.prefix_kv} | t.prefix_layer(False)
@@ -288,6 +306,10 @@ def plan_memory(shape: ModelShape, work: Work, setup: Setup, device: Device) -> 
         phases["optimizer"] = steady | ({} if device.is_cpu else {"AdamW's denominators": steady["gradients"]})
     inputs = shape.layers * t.pinned(host / shape.layers) * setup.prompts_in_flight
     on_host = {"layer inputs": inputs, "reference weights": t.host_reference}
+    if (vllm := setup.vllm) and not device.is_cpu:
+        for name in ("decode",) if vllm.sleeps else phases:
+            phases[name] |= {"vLLM": vllm.share * device.memory_bytes}
+        on_host["vLLM's weights"] = t.vllm_weights if vllm.sleeps else 0.0
     return Memory(
         phases={name: {part: int(size) for part, size in parts.items() if size} for name, parts in phases.items()},
         host={part: int(size) for part, size in on_host.items() if size},

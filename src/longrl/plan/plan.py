@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
 from math import ceil
 
+from longrl.algo.advantages import ADVANTAGES
 from longrl.config import DataRunConfig, EvalRunConfig, RlConfig, SftConfig, TrainConfig
 from longrl.parallel.layout import require_heads, require_world
 from longrl.plan.choose import choose_layout, fastest_change, fits, largest_prompt, layouts, smallest_change
 from longrl.plan.cost import Cost, encode_seconds, plan_cost
-from longrl.plan.devices import GPUS, Device, find_device
+from longrl.plan.devices import CORE, GPUS, Device, find_device, host_share_bytes
 from longrl.plan.memory import plan_memory
 from longrl.plan.prompt import TEXT_TOKENS, PromptSize, prompt_size
 from longrl.plan.shapes import ModelShape, shape_of
-from longrl.plan.work import Memory, Setup, Work
+from longrl.plan.work import Memory, Setup, Vllm, Work
+from longrl.rollout.vllm_rules import choose_engine
 
 BYTES = {"float32": 4, "bfloat16": 2, "float64": 8}
 SFT_RESPONSE_TOKENS = 1024
@@ -55,7 +56,7 @@ def make_plan(config: DataRunConfig, device: str, processes: int) -> Plan:
         ValueError: the model's sizes cannot be read; processes, heads and tokens do not go together.
     """
     shape = _shape(config)
-    setup, prompt, on = setup_of(config, shape), prompt_size(config, shape), find_device(device, processes)
+    setup, prompt, on = setup_of(config, shape, processes), prompt_size(config, shape), find_device(device, processes)
     work = work_of(config, prompt)
     if config.parallel.sp == "auto":
         ulysses, ring = choose_layout(shape, work, setup, on, processes) or layouts(shape, processes)[-1]
@@ -99,7 +100,7 @@ def max_prompt_tokens(
 
     Args:
         gpu_bytes: memory of each process's GPU; None: they run on CPUs.
-        host_bytes: each process's share of the host's memory, beside a GPU; None: not judged.
+        host_bytes: each process's share of the host's memory; None: of a CPU this machine's, beside a GPU not judged.
 
     Returns:
         Tokens; None where the model's sizes are not known.
@@ -144,12 +145,14 @@ def degree_rule(
 def _without_prompt(
     config: DataRunConfig, processes: int, gpu_bytes: int | None, host_bytes: int | None
 ) -> tuple[ModelShape, Setup, Work, Device]:
-    shape, device = _shape(config), find_device("CPU", int(os.environ.get("LOCAL_WORLD_SIZE", processes)))
-    if gpu_bytes is not None:
-        # memory decides; rates only order layouts
+    # memory decides; rates only order layouts, in the same way on every machine
+    if gpu_bytes is None or config.model.device == "cpu":
+        device = replace(CORE, memory_bytes=host_share_bytes() if host_bytes is None else host_bytes)
+    else:
         device = replace(GPUS["A100-80G"], memory_bytes=gpu_bytes, host_bytes=host_bytes)
+    shape = _shape(config)
     nothing = PromptSize(video_tokens=0, text_tokens=TEXT_TOKENS, frames=0, merge=1, temporal=1, source="")
-    return shape, setup_of(config, shape), work_of(config, nothing), device
+    return shape, setup_of(config, shape, processes), work_of(config, nothing), device
 
 
 def _shape(config: DataRunConfig) -> ModelShape:
@@ -161,9 +164,12 @@ def _shape(config: DataRunConfig) -> ModelShape:
     return shape
 
 
-def setup_of(config: DataRunConfig, shape: ModelShape) -> Setup:
+def setup_of(config: DataRunConfig, shape: ModelShape, processes: int) -> Setup:
     """Where `parallel.sp` is auto, of prompts that one process has to itself."""
     model, parallel, memory = config.model, config.parallel, config.memory
+    in_flight, vllm = 1, _vllm_of(config, processes)
+    if not (vllm or _by_servers(config)) and isinstance(config, RlConfig | EvalRunConfig):
+        in_flight = config.rollout.prompts_in_flight
     sp = 1 if parallel.sp == "auto" else parallel.sp
     encoder = 0
     if shape.vision is not None:
@@ -177,7 +183,8 @@ def setup_of(config: DataRunConfig, shape: ModelShape) -> Setup:
         recompute=memory.recompute,
         offload=memory.offload,
         mlp_tile_tokens=memory.mlp_tile_tokens,
-        prompts_in_flight=config.rollout.prompts_in_flight if isinstance(config, RlConfig | EvalRunConfig) else 1,
+        prompts_in_flight=in_flight,
+        vllm=vllm,
         weight_bytes=BYTES[model.dtype],
         compute_bytes=BYTES[model.compute_dtype or model.dtype],
         lora_rank=model.lora.rank if model.lora else 0,
@@ -185,6 +192,25 @@ def setup_of(config: DataRunConfig, shape: ModelShape) -> Setup:
         offload_reference=isinstance(config, RlConfig) and config.algo.offload_reference,
         language="language" in model.train,
         encoder_parameters=encoder,
+    )
+
+
+def _by_servers(config: DataRunConfig) -> bool:
+    """Whether they draw the rollouts."""
+    return isinstance(config, RlConfig) and config.rollout.server is not None
+
+
+def _vllm_of(config: DataRunConfig, processes: int) -> Vllm | None:
+    """Where it draws the rollouts, in this process."""
+    if not isinstance(config, RlConfig) or _by_servers(config):
+        return None
+    if config.rollout.engine != "vllm" and choose_engine(config, processes)[0] != "vllm":
+        return None
+    model, asked = config.model, config.rollout.vllm
+    return Vllm(
+        share=asked.gpu_memory_utilization,
+        sleeps=asked.sleep,
+        weight_bytes=BYTES[asked.dtype or model.compute_dtype or model.dtype],
     )
 
 
@@ -207,13 +233,24 @@ def work_of(config: DataRunConfig, prompt: PromptSize) -> Work:
         return work
     assert isinstance(config, RlConfig | EvalRunConfig)
     asked = config.rollout.group_size if isinstance(config, RlConfig) else config.eval.samples
-    return replace(
+    advantage = ADVANTAGES.get(config.algo.advantage) if isinstance(config, RlConfig) else None  # the user's own: plain
+    greedy = advantage is not None and advantage.greedy
+    work = replace(
         work,
         group_size=share * asked,
+        greedy_streams=share * greedy,
         response_tokens=rest + config.rollout.max_new_tokens,
-        max_streams=max(1, config.rollout.max_streams // asked) * asked,  # whole groups
-        rollout=True,
+        max_streams=max(1, config.rollout.max_streams // (asked + greedy)) * (asked + greedy),  # whole groups
+        rollout=not _by_servers(config),
         trains=isinstance(config, RlConfig),
-        updates=config.algo.updates_per_batch if isinstance(config, RlConfig) else 1,
-        reference=isinstance(config, RlConfig) and config.algo.kl != "off",
+    )
+    if not isinstance(config, RlConfig):
+        return work
+    return replace(
+        work,
+        updates=config.algo.updates_per_batch,
+        reference=config.algo.kl != "off",
+        shuffled_streams=share * config.algo.shuffled_rollouts,
+        waits="judge" in config.rewards or (advantage is not None and advantage.scope == "batch"),
+        draws=1 + config.algo.max_refills,
     )

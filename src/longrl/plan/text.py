@@ -11,6 +11,7 @@ from longrl.plan.plan import Plan
 def plan_lines(plan: Plan) -> Iterator[str]:
     """Sizes are those of one process. What was assumed is called estimated."""
     shape, prompt, work, setup, device = plan.shape, plan.prompt, plan.work, plan.setup, plan.device
+    most = "at most " if work.draws > 1 else ""
     if shape.source is not None:
         yield f"           sizes as published; it is not here yet: download it from {shape.source}"
     video = f"{prompt.frames:,} frames give {prompt.video_tokens:,}, text {prompt.text_tokens:,}"
@@ -22,7 +23,7 @@ def plan_lines(plan: Plan) -> Iterator[str]:
     )
     yield f"           {_memory_keys(plan)}"
     if work.trains:
-        passes = f"{plan.cost.passes:.2f} over each prompt, in forward passes"
+        passes = f"{most}{plan.cost.passes:.2f} over each prompt, in forward passes"
         yield f"passes     {passes}; {plan.cost.flops:.2g} operations"
     room = f"of {_size(device.memory_bytes)}, {_size(device.planned_bytes)} may be planned"
     yield f"memory     {_size(plan.memory.peak_bytes)} a process at the peak, in the {plan.memory.peak_phase}; {room}"
@@ -38,7 +39,7 @@ def plan_lines(plan: Plan) -> Iterator[str]:
         yield f"host       {host}; {_host(device)}"
     times = ", ".join(f"{phase} {_seconds(value)}" for phase, value in plan.cost.seconds.items())
     what = f"a step of {work.prefixes} prompts" if work.trains else "a video"
-    yield f"time       {_seconds(plan.cost.total_s)} for {what} (estimated): {times}"
+    yield f"time       {most}{_seconds(plan.cost.total_s)} for {what} (estimated): {times}"
     if prompt.patches:
         yield f"           and {_seconds(plan.encode_s)} to encode each video, once (estimated, without decoding it)"
     if plan.faster is not None:

@@ -28,11 +28,19 @@ class Work:
     trains: bool = True
     """False: responses are sampled, nothing is learned."""
     rollout: bool = True
-    """False: the responses are given (SFT)."""
+    """False: the responses are given (SFT), or servers draw them."""
     updates: int = 1
     """Of the weights on the same rollouts; from the second on each computes the prompts again."""
     reference: bool = False
     """A KL term: the reference's log-probs are needed too."""
+    greedy_streams: int = 0
+    """After one prefix, decoded beside the others and not trained (ReMax)."""
+    shuffled_streams: int = 0
+    """After the same video in another order, decoded and not trained (T-GRPO)."""
+    waits: bool = False
+    """Rewards come late, or advantages need the whole batch: the prompts are computed again for their update."""
+    draws: int = 1
+    """Times that a step's number of prompts is drawn, at most: with refills (DAPO)."""
     video_patches: int = 0
     """Patches that the tower reads, if the embeddings are not in the cache."""
     grid_patches: int = 0
@@ -41,6 +49,17 @@ class Work:
     @property
     def suffix_tokens(self) -> int:
         return self.group_size * self.response_tokens
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Vllm:
+    """vLLM in this process, on a GPU; how much it takes of a machine without one is not planned."""
+
+    share: float
+    """Of the device's memory, that it takes while it draws."""
+    sleeps: bool
+    """Then it gives that back, and its weights wait in host memory; else it takes it all the time."""
+    weight_bytes: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,6 +78,8 @@ class Setup:
     mlp_tile_tokens: int | None = None
     offload_reference: bool = False
     prompts_in_flight: int = 1
+    vllm: Vllm | None = None
+    """What draws the rollouts; None: the built-in engine."""
     lora_rank: int = 0
     """0: all weights of the language model are trained."""
     lora_targets: tuple[str, ...] = ()

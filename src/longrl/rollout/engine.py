@@ -27,6 +27,11 @@ class Engine(Protocol):
     policy: Policy
     time: Timer
 
+    @property
+    def longest_prompt(self) -> int | None:
+        """Tokens for which it has room beside a response; None: not bounded, or not known here."""
+        ...
+
     def rollout(
         self, examples: Sequence[Example], prompts: Sequence[Prompt], seeds: Sequence[int]
     ) -> Iterator[tuple[tuple[Group, ...], Prefix | None]]:
@@ -72,7 +77,7 @@ def build_engine(
         from longrl.rollout.remote import RemoteEngine
 
         return RemoteEngine(config, policy, time, ranks, greedy=greedy)
-    name, why = choose_engine(config)
+    name, why = choose_engine(config, ranks.size)
     if ranks.is_main and config.rollout.engine != "native":
         log.info("rollouts by the engine %s: %s", name, why)
     if name == "vllm":

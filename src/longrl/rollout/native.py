@@ -79,6 +79,10 @@ class NativeEngine:
     def resampled(self, config: RolloutConfig, *, greedy: bool = False) -> NativeEngine:
         return type(self)(self.policy, config, self.time, greedy=greedy)
 
+    @property
+    def longest_prompt(self) -> None:
+        """What the memory plan allows."""
+
     def update_weights(self) -> None:
         """They are the policy's own."""
 

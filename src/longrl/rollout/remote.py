@@ -110,6 +110,10 @@ class RemoteEngine:
         other.config, other.greedy, other.drawn, other._begun = config, greedy, {}, {}
         return other
 
+    @property
+    def longest_prompt(self) -> None:
+        """Servers say it of a prompt that is longer."""
+
     def update_weights(self) -> None:
         """They are written when rollouts are asked for."""
 

@@ -55,6 +55,10 @@ class VllmEngine:
     def resampled(self, config: RolloutConfig, *, greedy: bool = False) -> VllmEngine:
         return VllmEngine(self.policy, config, self.time, self.ranks, self.vllm, greedy=greedy)
 
+    @property
+    def longest_prompt(self) -> int:
+        return self.vllm.room - self.config.max_new_tokens
+
     def update_weights(self) -> None:
         with self.time("weights"):
             self.vllm.load(self.policy)

@@ -20,6 +20,8 @@ LONG_PROMPT_TOKENS = 1024
 MANY_TURNS = 4
 """`rollout.engine: auto` takes vLLM for prompts up to this long, where the built-in engine would take at least so many
 turns to decode a step: see docs/engines.md."""
+VLLM_ROOM = "vLLM's room beside rollout.max_new_tokens (rollout.vllm.max_model_len, gpu_memory_utilization)"
+"""What limits its prompts."""
 
 
 def installed() -> str | None:
@@ -57,6 +59,9 @@ def refusal(config: RlConfig, shape: ModelShape | None) -> str | None:
         return "parallel.sp is auto, but its processes are laid out once; set parallel.sp to a number"
     if config.model.dtype == "float64" and config.rollout.vllm.dtype is None:
         return "model.dtype is float64, in which it does not compute; set rollout.vllm.dtype"
+    room, new_tokens = config.rollout.vllm.max_model_len, config.rollout.max_new_tokens
+    if room is not None and room <= new_tokens:
+        return f"rollout.vllm.max_model_len is {room}, expected more than rollout.max_new_tokens ({new_tokens})"
     if config.model.lora and config.model.lora.rank > LORA_RANKS[-1]:
         return f"model.lora.rank is {config.model.lora.rank}, expected at most {LORA_RANKS[-1]}"
     return None
@@ -66,8 +71,8 @@ def lora_room(rank: int) -> int:
     return min(room for room in LORA_RANKS if room >= rank)
 
 
-def choose_engine(config: RlConfig) -> tuple[str, str]:
-    """The engine that `rollout.engine` stands for, and why.
+def choose_engine(config: RlConfig, processes: int = 1) -> tuple[str, str]:
+    """The engine that `rollout.engine` stands for in a run of so many processes, and why.
 
     Raises:
         ValueError: vLLM is asked for, and cannot draw these rollouts.
@@ -82,17 +87,19 @@ def choose_engine(config: RlConfig) -> tuple[str, str]:
             raise ValueError(f"rollout.engine is vllm, but {reason}")
         require_version(installed())
         return asked, "as rollout.engine says"
-    return _by_rule(config, shape, reason)
+    return _by_rule(config, processes, shape, reason)
 
 
-def _by_rule(config: RlConfig, shape: ModelShape | None, reason: str | None) -> tuple[str, str]:
+def _by_rule(config: RlConfig, processes: int, shape: ModelShape | None, reason: str | None) -> tuple[str, str]:
     if reason:
         return "native", reason
     try:
         require_version(installed())
     except RuntimeError as error:
         return "native", str(error)
-    turns = ceil(config.prompts_per_step / (config.data.share_media * config.rollout.prompts_in_flight))
+    assert config.parallel.sp != "auto", "refused"
+    groups = max(1, processes // config.parallel.sp)  # each of which takes a part of the prompts
+    turns = ceil(config.prompts_per_step / (config.data.share_media * config.rollout.prompts_in_flight * groups))
     rule = f"vllm up to {LONG_PROMPT_TOKENS:,} prompt tokens and from {MANY_TURNS} turns of the built-in engine on"
     if shape is None:
         return "native", f"{rule}; how long prompts are is not known"

@@ -36,7 +36,8 @@ class AskedMedia(Part):
 class AskedPrompt(Part):
     id: str
     """Of the example, for messages."""
-    token_ids: Annotated[tuple[Index, ...], Field(min_length=1)]
+    token_ids: Annotated[tuple[Index, ...], Field(min_length=2)]
+    """The last predicts the response; the others are its prefix."""
     position_ids: Annotated[tuple[tuple[Index, ...], ...], Field(min_length=1)]
     """Of each axis as many as tokens."""
     media: tuple[AskedMedia, ...]
