@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,10 @@ from transformers import AttentionInterface
 from longrl.errors import run_guarded
 from longrl.models import FAMILIES, trunk
 from longrl.models.qwen_vl import Qwen25VL
+from longrl.models.trunk import Trunk
+from longrl.parallel import sequence
+from longrl.parallel.sequence import SequenceGroup
+from longrl.verify import _split_against_whole as split_against_whole
 from longrl.verify import verify_command
 
 
@@ -66,6 +71,34 @@ def test_wrong_attention_fails(capsys, broken_attention, dtype):
         "log-probs: shared prompt against separate sequences",
     ]
     assert failed(lines) == claims
+
+
+def test_wrong_decoding_fails(capsys, monkeypatch):
+    """Tokens that are a position late, but only when they are drawn."""
+    right = Trunk.decode
+    monkeypatch.setattr(
+        Trunk, "decode", lambda self, prefixes, own, tokens, at: right(self, prefixes, own, tokens, at + 1)
+    )
+    status, lines, err = verify(capsys)
+    assert status == 1
+    assert "not all bounds hold" in err
+    assert failed(lines) == ["log-probs: engine against trainer"]
+
+
+def with_wrong_exchange(sp: SequenceGroup | None, *args: Any) -> tuple[float, float]:
+    """On one rank: gradients come back to other tokens than those they are of."""
+    right = sequence._AllToAll.backward
+    sequence._AllToAll.backward = staticmethod(lambda ctx, *grads: (right(ctx, *grads)[0].flip(0), *[None] * 4))
+    return split_against_whole(sp, *args)
+
+
+@pytest.mark.distributed
+def test_a_wrong_exchange_fails(capsys, monkeypatch):
+    monkeypatch.setattr("longrl.verify._split_against_whole", with_wrong_exchange)
+    status, lines, err = verify(capsys, sp=2)
+    assert status == 1
+    assert "not all bounds hold" in err
+    assert failed(lines) == ["gradients: 2 ranks against one"]
 
 
 class Stretched(torch.nn.Module):
