@@ -135,12 +135,15 @@ def evaluate(
     limit = prompt_limit(config, skips.data, ranks)
     build = PromptBuilder(policy.family, config.cache, skips, ranks, *limit)
     asked = config.eval
+    together, most = by_media(examples), config.rollout.prompts_in_flight
     sampling = config.rollout.model_copy(
         update={
             "group_size": asked.samples,
             "temperature": asked.temperature,
             "top_k": asked.top_k,
             "top_p": asked.top_p,
+            # questions whose media a control takes away share no prefix any more, and would be asked one by one
+            "prompts_in_flight": most * max(map(len, together), default=1) if change else most,
         }
     )
     engine = NativeEngine(policy, sampling)
@@ -155,7 +158,6 @@ def evaluate(
 
     build.prepare(examples)
     keys: set[str] = set()
-    together, most = by_media(examples), config.rollout.prompts_in_flight
     for layout, mine in _deal(examples, together, build, change):
         policy.share_with(layout.sp)
         for some in (mine[start : start + most] for start in range(0, len(mine), most)):
