@@ -24,6 +24,8 @@ CASES: dict[str, list[str]] = {
     "adapters": ["flow.kl_coef=0.1"],
     "adapters, an odd number of prompts": ["prompts_per_step=3"],
     "all weights": ["model.lora=null", "flow.kl_coef=0.1"],
+    "fast": ["flow.preset=flow_grpo_fast"],
+    "mix, videos": ["flow.preset=mix_grpo", "model.path=tiny:wan", "media.frames=5"],
     "nft": ["flow.preset=diffusion_nft", "sampling.guidance=1"],
 }
 SHARDED = ("adapters", "all weights")
