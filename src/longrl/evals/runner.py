@@ -23,6 +23,7 @@ from longrl.parallel.ranks import ALONE, Ranks
 from longrl.policy import Policy, load_policy
 from longrl.rewards.compose import Begun, Rewards, build_rewards
 from longrl.rollout.native import NativeEngine
+from longrl.rollout_config import RolloutConfig
 from longrl.runtime import seed_for, start_run
 from longrl.totals import Totals
 from longrl.types import Example, Group, Scored
@@ -134,19 +135,9 @@ def evaluate(
     """
     limit = prompt_limit(config, skips.data, ranks)
     build = PromptBuilder(policy.family, config.cache, skips, ranks, *limit)
-    asked = config.eval
     together, most = by_media(examples), config.rollout.prompts_in_flight
-    sampling = config.rollout.model_copy(
-        update={
-            "group_size": asked.samples,
-            "temperature": asked.temperature,
-            "top_k": asked.top_k,
-            "top_p": asked.top_p,
-            # questions whose media a control takes away share no prefix any more, and would be asked one by one
-            "prompts_in_flight": most * max(map(len, together), default=1) if change else most,
-        }
-    )
-    engine = NativeEngine(policy, sampling)
+    # questions whose media a control takes away share no prefix any more, and would be asked one by one
+    engine = NativeEngine(policy, _sampling(config, most * max(map(len, together), default=1) if change else most))
     forced_ids = policy.family.tokenizer.encode(forced, add_special_tokens=False)
     begun: list[Begun] = []
     """On the rank that judges."""
@@ -177,6 +168,12 @@ def evaluate(
         build.cache.remove(keys)
     asked = Totals.sum(ranks.gather_all(rewards.take()))
     return _result(stage, examples, found, rewards, asked.counts, config.eval.samples, skips)
+
+
+def _sampling(config: RlConfig | EvalRunConfig | QuickstartConfig, in_flight: int) -> RolloutConfig:
+    asked = {name: getattr(config.eval, name) for name in ("temperature", "top_k", "top_p")}
+    changes = {"group_size": config.eval.samples, "prompts_in_flight": in_flight}
+    return config.rollout.model_copy(update=asked | changes)
 
 
 def _deal(
