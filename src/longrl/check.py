@@ -35,7 +35,7 @@ from longrl.plan.plan import make_plan
 from longrl.plan.shapes import known_source, shape_of
 from longrl.plan.text import plan_lines, refusal
 from longrl.registry import require_name
-from longrl.rollout.vllm_rules import choose_engine
+from longrl.rollout.vllm_rules import choose_engine, with_engine
 from longrl.runtime import rank_and_size
 from longrl.scoring_config import REWARD_NAMES
 
@@ -222,6 +222,8 @@ def _report_plan(config: DataRunConfig, device: str, processes: int | None) -> I
     yield from problems
     if problems or shape_of(config.model.path) is None:
         return
+    if isinstance(config, RlConfig) and config.rollout.engine == "auto":
+        config = with_engine(config, choose_engine(config, size)[0])
     plan = make_plan(config, device, size)
     for line in plan_lines(plan):
         typer.echo(f"  {line}")

@@ -97,8 +97,9 @@ class FlowAlgoConfig(Section):
     """Optimizer steps on the same samples, each over all of them."""
     kl_coef: Annotated[float, Field(ge=0)] = 0.0
     """Weight of the divergence from the model as it was; 0: off."""
-    max_logprob_diff: Annotated[float, Field(gt=0)] = 1e-4
-    """The run stops when the first update's log-probs differ more from those of sampling: above clip is too much."""
+    max_logprob_diff: Annotated[float, Field(gt=0)] | None = None
+    """The run stops when the first update's log-probs differ more from those of sampling; null: by more than `clip`,
+    as samples would be clipped for rounding alone."""
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Evaluate and save an exponential moving average of the weights; 0: the weights."""
     ema_every: Annotated[int, Field(ge=1)] = 1

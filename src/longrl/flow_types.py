@@ -98,7 +98,7 @@ class Schedule:
     sigmas: Tensor
     """fp32 [T + 1], falling to 0."""
     timesteps: Tensor
-    """fp32 [T]: sigmas as the denoiser is told them."""
+    """[T]: sigmas as the denoiser is told them, rounded as the pipeline's scheduler does."""
 
     def __len__(self) -> int:
         return len(self.timesteps)

@@ -142,8 +142,9 @@ def _learn(loss: Tensor, metrics: dict[str, float], steps: int, totals: Totals) 
 def _compare(logprobs: Tensor, old: Tensor, algo: FlowAlgoConfig, totals: Totals) -> None:
     difference = (logprobs.detach() - old).abs().max().item()
     totals.logprob_diff = max(totals.logprob_diff or 0.0, difference)
-    if not difference <= algo.max_logprob_diff:
+    bound = algo.max_logprob_diff or algo.clip
+    if not difference <= bound:
         raise RuntimeError(
             f"sampling and training differ by {difference:.2e} in a log-prob, more than flow.max_logprob_diff "
-            f"({algo.max_logprob_diff:g}); compute in float32, or raise it"
+            f"({bound:g}, unless set that of flow.clip); compute in float32, or raise it"
         )

@@ -24,9 +24,9 @@ from longrl.parallel.ranks import ALONE, Ranks
 from longrl.policy import load_reference
 from longrl.registry import resolve
 from longrl.report.metrics import Metrics
-from longrl.rewards.compose import build_rewards
+from longrl.rewards.compose import Rewards, build_rewards
 from longrl.rollout.ahead import Ahead
-from longrl.rollout.engine import build_engine
+from longrl.rollout.engine import build_engine, settle_engine
 from longrl.rollout.vllm_rules import VLLM_ROOM
 from longrl.totals import Totals
 from longrl.training import Batch, Training
@@ -48,17 +48,12 @@ def train_rl(config: RlConfig, ranks: Ranks = ALONE) -> Path:
         ValueError: bad data or configuration.
         RuntimeError: a loss or gradient is not finite, or engine and trainer disagree about log-probs.
     """
+    asked, config = config, settle_engine(config, ranks)
     skips, eval_skips = Skips(config.data), Skips(config.data)
     examples = _questions(config, skips)
     held_out = load_questions(config, eval_skips) if config.eval_every_steps else []
-    rewards = build_rewards(config.rewards, config.scoring, config.judge, ranks.dp_size)
-    rewards.require([*examples, *held_out])
-    advantage: Advantage = resolve(config.algo.advantage, ADVANTAGES, "advantage")
-    require_group_size(config.algo.advantage, advantage, config.rollout.group_size)
-    resolve(config.algo.loss, LOSSES, "loss")
-    if ranks.is_main:
-        rewards.check()
-    training = Training(config, skips, ranks)
+    rewards, advantage = _scoring(config, [*examples, *held_out], ranks)
+    training = Training(config, skips, ranks, asked)
     policy = training.policy
     reference = load_reference(policy, config, ranks)
 
@@ -67,7 +62,7 @@ def train_rl(config: RlConfig, ranks: Ranks = ALONE) -> Path:
         training.progress("rl") as progress,
         closing(build_engine(config, policy, metrics.time, ranks, greedy=advantage.greedy)) as engine,
     ):
-        training.build.limit_to(engine.longest_prompt, VLLM_ROOM)
+        training.build.limit_to(engine.longest_prompt, engine.longest_clip, VLLM_ROOM)
         with_shuffled = None
         if count := config.algo.shuffled_rollouts:
             with_shuffled = engine.resampled(config.rollout.model_copy(update={"group_size": count}))
@@ -101,6 +96,22 @@ def train_rl(config: RlConfig, ranks: Ranks = ALONE) -> Path:
             progress.update(metrics.last)
             training.save_if_due(step)
     return training.last_model()
+
+
+def _scoring(config: RlConfig, examples: Sequence[Example], ranks: Ranks) -> tuple[Rewards, Advantage]:
+    """Of names and data that have been looked at, before a model is loaded.
+
+    Raises:
+        ValueError: an example that cannot be scored, an unknown name, a group that is too small, a judge not there.
+    """
+    rewards = build_rewards(config.rewards, config.scoring, config.judge, ranks.dp_size)
+    rewards.require(examples, expressions=ranks.is_main)
+    advantage: Advantage = resolve(config.algo.advantage, ADVANTAGES, "advantage")
+    require_group_size(config.algo.advantage, advantage, config.rollout.group_size)
+    resolve(config.algo.loss, LOSSES, "loss")
+    if ranks.is_main:
+        rewards.check()
+    return rewards, advantage
 
 
 def _update(

@@ -69,18 +69,21 @@ class Batch:
 class Training(Loop[TrainConfig]):
     """A run taken up where its directory left off, or begun."""
 
-    def __init__(self, config: TrainConfig, skips: Skips, ranks: Ranks = ALONE) -> None:
+    def __init__(
+        self, config: TrainConfig, skips: Skips, ranks: Ranks = ALONE, asked: TrainConfig | None = None
+    ) -> None:
         """Loads the model: whoever calls has checked the data and all names of the configuration.
 
         Args:
             config: of the run.
             skips: what reading the data skipped; what the run had skipped when it was saved is added.
             ranks: all of them do this, and call every method that follows.
+            asked: what the run directory keeps, if it is not `config`, in which something was settled for this machine.
         """
         self.config, self.skips, self.ranks = config, skips, ranks
         require_model(config.model, config.parallel, trained=True)
         limit = prompt_limit(config, config.data, ranks)  # before there is a run, or a model that has no room
-        self.run_dir = start_run(config, is_main=ranks.is_main)
+        self.run_dir = start_run(asked or config, is_main=ranks.is_main)
         self.checkpoints = Checkpoints(self.run_dir / CHECKPOINTS, config.checkpoint.keep)
         latest = ranks.from_main(self.checkpoints.latest)
         self.policy = load_policy(config.model.at(latest.model_path) if latest else config.model, config, ranks)

@@ -14,6 +14,7 @@ from longrl.evals.runner import evaluate, run_eval
 from longrl.models import load_family
 from longrl.policy import Policy
 from longrl.rewards import build_rewards
+from longrl.rollout.native import NativeEngine
 from longrl.types import Prefix, Prompt
 from tests.e2e.test_training import with_unusable
 
@@ -52,6 +53,39 @@ def test_a_control_takes_the_media_away(dataset, tmp_path, monkeypatch):
     seen.clear()
     run_eval(config(tmp_path, dataset.test, control="shuffled"))
     assert {"shuffled" in media.key for prompt in seen for media in prompt.media} == {True}
+
+
+def test_a_control_holds_no_more_videos_than_the_evaluation_and_asks_bare_questions_together(
+    dataset, tmp_path, monkeypatch
+):
+    video = json.loads(dataset.test.read_text().splitlines()[0])["video"]
+    seen = {"type": "video", "video": str(dataset.test.parent / video)}
+    # text before the video keeps questions about it apart
+    asked = [[{"type": "text", "text": f"Question {k}."}, seen, {"type": "text", "text": "When?"}] for k in range(3)]
+    path = tmp_path / "rows.jsonl"
+    rows = [{"messages": [{"role": "user", "content": parts}], "answer": "1", "kind": "number"} for parts in asked]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    at_once: dict[str, set[int]] = {}
+    decode = NativeEngine._decode_in_turns  # pyright: ignore[reportPrivateUsage]
+
+    def counted(engine, prefixes, *rest):
+        at_once.setdefault(stage, set()).add(len(prefixes))
+        return decode(engine, prefixes, *rest)
+
+    monkeypatch.setattr(NativeEngine, "_decode_in_turns", counted)
+    for stage in (None, "shuffled", "without_media"):
+        run_eval(config(tmp_path, path, control=stage, run_dir=str(tmp_path / f"{stage}")))
+    assert at_once["shuffled"] == at_once[None] == {1}
+    assert max(at_once["without_media"]) > 1
+
+
+def test_a_control_that_would_change_nothing_is_refused(dataset, tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"id": "q", "problem": "1 + 1?", "answer": "2", "kind": "number"}) + "\n")
+    for control in ("shuffled", "without_media"):
+        with pytest.raises(ValueError, match=f"control is {control}, but none of 1 questions has a clip of kind video"):
+            run_eval(config(tmp_path, rows, control=control))
+    assert not (tmp_path / "run").exists()
 
 
 def watched(prefix, seen: list[Prompt]):

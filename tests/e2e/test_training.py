@@ -252,11 +252,20 @@ def test_what_is_over_the_memory_plan_is_refused_before_it_is_decoded(dataset, t
     assert not decoded
 
 
-def test_what_is_over_the_engines_room_is_refused_before_it_is_decoded(dataset, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("bound", "message"),
+    [
+        ("longest_prompt", r"its prompt would have \d+ tokens, .* vLLM's room beside .* allows 20;"),
+        ("longest_clip", r"a clip of \d+ tokens, but the engine has room for 20;"),
+    ],
+)
+def test_what_is_over_the_engines_room_is_refused_before_it_is_decoded(dataset, tmp_path, monkeypatch, bound, message):
     """Of an engine that has less than the memory plan."""
 
     class Small(NativeEngine):
-        longest_prompt = property(lambda self: 20)  # pyright: ignore[reportAssignmentType]
+        pass
+
+    setattr(Small, bound, property(lambda self: 20))
 
     def build(config, policy, time, ranks, *, greedy):
         return Small(policy, config.rollout, time, greedy=greedy)
@@ -264,6 +273,6 @@ def test_what_is_over_the_engines_room_is_refused_before_it_is_decoded(dataset, 
     decoded = []
     monkeypatch.setattr("longrl.video.decode.Selection.read", lambda *args: decoded.append(args))
     monkeypatch.setattr("longrl.train_rl.build_engine", build)
-    with pytest.raises(MediaError, match=r"its prompt would have \d+ tokens, .* vLLM's room beside .* allows 20;"):
+    with pytest.raises(MediaError, match=message):
         train_rl(rl_config(dataset, tmp_path, cache={"dir": str(tmp_path / "cache")}))
     assert not decoded

@@ -137,8 +137,9 @@ def test_sampling_that_disagrees_stops_the_run():
     family, denoiser, sampler = make("sd3")
     samples = draw(family, sampler, [0, 2])
     perturb(denoiser, 1.0)
-    with pytest.raises(RuntimeError, match=r"sampling and training differ by .* in a log-prob, more than flow"):
-        policy_gradient(sampler, denoiser, samples, FlowAlgoConfig(max_logprob_diff=1e-5), Totals(), first=True)
+    for algo, bound in ((FlowAlgoConfig(max_logprob_diff=2e-5), "2e-05"), (FlowAlgoConfig(clip=1e-5), "1e-05")):
+        with pytest.raises(RuntimeError, match=rf"differ by .* in a log-prob, more than flow.max_.* \({bound}, unless"):
+            policy_gradient(sampler, denoiser, samples, algo, Totals(), first=True)
 
 
 def test_nft_gradient_equals_the_plain_formula():

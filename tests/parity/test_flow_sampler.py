@@ -108,6 +108,9 @@ def test_a_solver_of_higher_order_lends_its_sigmas(family):
         assert (ours.latents - stock(family, start_noise(sampler, [3, 4]))).abs().max() < 1e-5
     family.pipe.scheduler.set_timesteps(STEPS)
     assert torch.equal(sampler.schedule.sigmas, family.pipe.scheduler.sigmas)
+    family.pipe.scheduler = UniPCMultistepScheduler(final_sigmas_type="sigma_min", **flow)
+    with pytest.raises(ValueError, match="has final_sigmas_type 'sigma_min', expected 'zero'"):
+        family.schedule(4, (1, 1, 1))
     family.pipe.scheduler = UniPCMultistepScheduler()
     with pytest.raises(ValueError, match="UniPCMultistepScheduler without flow sigmas, expected one of a flow model"):
         make(family)

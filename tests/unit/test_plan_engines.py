@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -61,6 +62,47 @@ def test_less_is_offered_where_it_is_too_much_if_vllm_starts_with_it():
     assert not full.fits
     assert full.change is not None
     assert "rollout.vllm.gpu_memory_utilization" not in full.change[0]
+
+
+@pytest.mark.parametrize("share", [0.05, 0.13])  # less than the weights; than them and one response
+def test_a_share_that_cannot_hold_its_weights_and_a_response_is_refused(share):
+    little = plan(engine="vllm", vllm={"gpu_memory_utilization": share})
+    assert not little.fits
+    assert little.memory.peak_bytes < little.device.planned_bytes
+    more = 0.2 if share == 0.05 else 0.26
+    said = (
+        rf"vLLM's weights and one response need .* with rollout.vllm.gpu_memory_utilization {share} it has .*={more}$"
+    )
+    assert re.match(said, refusal(little))
+
+
+def test_tied_weights_have_a_head_of_their_own_there():
+    tied = LEAN | {"model": LEAN["model"] | {"path": "models/Qwen2.5-VL-3B-Instruct"}, "rollout": {"engine": "vllm"}}
+    made = make_plan(RlConfig.model_validate(tied), "H200", 1)
+    assert made.shape.tied
+    head = made.shape.vocabulary * made.shape.width
+    whole = made.shape.trunk_parameters + made.shape.tower_parameters + head
+    assert made.memory.host["vLLM's weights"] == 2 * whole
+
+
+@pytest.mark.parametrize("other", [{"engine": "vllm"}, {"server": {"urls": ["http://node1:8100"]}}])
+def test_evaluation_is_the_built_in_engines_whatever_draws_the_rollouts(other):
+    """So its prompts in flight count, and vLLM has been given the new weights by then."""
+    evaluated = {"data": {"eval": "rows.jsonl"}, "eval_every_steps": 5}
+    one, many = (
+        make_plan(RlConfig.model_validate(config(**other, prompts_in_flight=n).model_dump() | evaluated), "H200", 1)
+        for n in (1, 16)
+    )
+    assert one.fits
+    assert not many.fits
+    assert many.memory.peak_phase == "evaluation"
+    parts = one.memory.phases["evaluation"], many.memory.phases["evaluation"]
+    assert parts[1]["prefix KV"] == 16 * parts[0]["prefix KV"]
+    assert ("vLLM's weights" in parts[0]) == ("engine" in other)
+    assert many.change is not None
+    assert many.change[0]["rollout.prompts_in_flight"] == "1"
+    # the update holds one prompt
+    assert one.memory.phases["suffix"] == many.memory.phases["suffix"]
 
 
 def test_servers_take_nothing_here():

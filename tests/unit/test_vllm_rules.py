@@ -13,10 +13,13 @@ from longrl.config import RlConfig
 from longrl.models import load_family
 from longrl.models.qwen_vl import Qwen25VL
 from longrl.models.vila import Vila
+from longrl.parallel.ranks import ALONE, Ranks
 from longrl.parallel.shard import each_whole
+from longrl.plan.plan import max_prompt_tokens
 from longrl.plan.shapes import shape_of
 from longrl.policy import Policy
 from longrl.rollout import vllm_rules
+from longrl.rollout.engine import settle_engine
 from longrl.rollout.vllm_core import _drawn
 from longrl.rollout.vllm_inputs import media_items, media_rows
 from longrl.rollout.vllm_rules import (
@@ -76,8 +79,8 @@ def test_other_releases_are_refused_with_what_to_install(found, message):
 def test_what_it_cannot_do_is_refused_and_left_to_the_built_in_engine(changes, message, monkeypatch):
     monkeypatch.setattr(vllm_rules, "installed", lambda: "0.32.0")
     with pytest.raises(ValueError, match=f"rollout.engine is vllm, but {message}"):
-        choose_engine(config(**changes))
-    name, why = choose_engine(config("auto", **changes))
+        choose_engine(config(**changes), 1)
+    name, why = choose_engine(config("auto", **changes), 1)
     assert name == "native"
     assert message in why
 
@@ -90,11 +93,30 @@ def test_the_rule_takes_vllm_for_short_prompts_and_many_turns(tmp_path, monkeypa
         for words, in_flight in ((10, 1), (10, 2), (5000, 1)):
             rows.write_text(json.dumps({"problem": "one " * words, "answer": "1"}) + "\n")
             cfg = config("auto", data={"train": str(rows)}, rollout={"prompts_in_flight": in_flight})
-            found[version, words, in_flight] = choose_engine(cfg)
+            found[version, words, in_flight] = choose_engine(cfg, 1)
     assert [name for name, _ in found.values()] == ["vllm", "native", "native", "native", "native", "native"]
     assert "vllm up to 1,024 prompt tokens and from 4 turns of the built-in" in found["0.32.0", 10, 2][1]
     assert "vLLM is not installed" in found[None, 10, 1][1]
-    assert choose_engine(config("native"))[0] == "native"
+    assert choose_engine(config("native"), 1)[0] == "native"
+
+
+def test_auto_is_settled_by_the_main_rank_and_rows_are_not_read_again(tmp_path, monkeypatch):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"problem": "one", "answer": "1"}) + "\n")
+    monkeypatch.setattr(vllm_rules, "installed", lambda: "0.32.0")
+    asked = config("auto", data={"train": str(rows)})
+
+    class NotMain(Ranks):
+        def from_main(self, make, *args, **kwargs):
+            return "native", "as the main rank says"
+
+    assert settle_engine(asked, ALONE).rollout.engine == "vllm"
+    assert settle_engine(asked, NotMain()).rollout.engine == "native"
+    settled = settle_engine(asked, ALONE)
+    rows.unlink()
+    assert settle_engine(settled, ALONE) is settled
+    assert max_prompt_tokens(settled, 1, None)
+    assert asked.rollout.engine == "auto"
 
 
 def test_groups_of_processes_divide_the_turns(tmp_path, monkeypatch):

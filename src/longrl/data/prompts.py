@@ -40,9 +40,9 @@ def prompt_limit(config: DataRunConfig | QuickstartConfig, data: DataConfig, ran
         gpu_bytes = None
         if device_of(config.model) == "cuda":
             gpu_bytes = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
-        planned = max_prompt_tokens(config, ranks.size, gpu_bytes, host_share_bytes())
-        if planned is not None:
-            planned = min(tokens for tokens in ranks.gather_all(planned) if tokens is not None)
+        gpus, hosts = zip(*ranks.gather_all((gpu_bytes, host_share_bytes())), strict=True)
+        # of the least of either, as `sp: auto` plans
+        planned = max_prompt_tokens(config, ranks.size, None if None in gpus else min(gpus), min(hosts))
         if planned == 0:
             raise ValueError(
                 f"model.path {config.model.path}: the memory plan has no room for a prompt of any length beside the "
@@ -50,7 +50,7 @@ def prompt_limit(config: DataRunConfig | QuickstartConfig, data: DataConfig, ran
             )
     if planned is None or (data.max_prompt_tokens is not None and data.max_prompt_tokens <= planned):
         return data.max_prompt_tokens, "data.max_prompt_tokens"
-    return planned, "the memory plan (longrl check)"
+    return planned, "the memory plan (longrl check; a larger parallel.sp divides a prompt among more processes)"
 
 
 class PromptBuilder:
@@ -73,20 +73,26 @@ class PromptBuilder:
         """
         self.family, self.skips, self.ranks = family, skips, ranks
         self.max_tokens, self.limit = max_tokens, limit
+        self.clip_tokens: int | None = None
         self.cache = EmbedCache(cache.dir, int(cache.max_gib * 2**30))
         self.clips = Clips(family, self.cache, ranks)
         self._counts = [(0, 0)]
 
-    def limit_to(self, tokens: int | None, limit: str) -> None:
+    def limit_to(self, tokens: int | None, clip_tokens: int | None, limit: str) -> None:
         """A further limit; the least of those of all ranks counts, which all call this.
 
         Args:
             tokens: of the longest prompt; None: no limit of this rank's.
+            clip_tokens: of the longest clip; None: as above.
             limit: what says so.
         """
-        known = [one for one in self.ranks.gather_all(tokens) if one is not None]
-        if known and (self.max_tokens is None or min(known) < self.max_tokens):
-            self.max_tokens, self.limit = min(known), limit
+        whole, clip = (
+            min((one for one in given if one is not None), default=None)
+            for given in zip(*self.ranks.gather_all((tokens, clip_tokens)), strict=True)
+        )
+        if whole is not None and (self.max_tokens is None or whole < self.max_tokens):
+            self.max_tokens, self.limit = whole, limit
+        self.clip_tokens = clip
 
     @property
     def hit_rate(self) -> float:
@@ -168,14 +174,17 @@ class PromptBuilder:
         return usable
 
     def _fits(self, example: Example, media_tokens: Sequence[int]) -> bool:
-        if self.max_tokens is None or (count := self.family.count_tokens(example, media_tokens)) <= self.max_tokens:
+        longest, fewer = max(media_tokens, default=0), "sample fewer frames (fps, num_frames, a shorter span)"
+        if self.clip_tokens is not None and longest > self.clip_tokens:
+            found = f"a clip of {longest} tokens, but the engine has room for {self.clip_tokens}"
+            mend = "set data.max_prompt_tokens to the longest prompt, for which it makes room"
+        elif self.max_tokens is not None and (n := self.family.count_tokens(example, media_tokens)) > self.max_tokens:
+            media = f"{sum(media_tokens)} of them media"
+            found = f"its prompt would have {n} tokens, {media}, and {self.limit} allows {self.max_tokens}"
+            mend = "lower video.max_pixels, or make room for more"
+        else:
             return True
-        error = MediaError(
-            f"example {example.id}: its prompt would have {count} tokens, {sum(media_tokens)} of them media, and "
-            f"{self.limit} allows {self.max_tokens}; sample fewer frames (fps, num_frames, a shorter span), lower "
-            f"video.max_pixels, or make room for more (a larger parallel.sp divides a prompt among more processes)"
-        )
-        self.skips.record(example.id, error)
+        self.skips.record(example.id, MediaError(f"example {example.id}: {found}; {fewer}, or {mend}"))
         return False
 
 

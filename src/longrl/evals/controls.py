@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
 
 from longrl.runtime import seed_for
 from longrl.types import Clip, Example, MediaEmbeds
+
+logger = logging.getLogger(__name__)
 
 _MARK = "shuffled"
 """In the keys of media that are."""
@@ -30,6 +33,21 @@ def shuffled_in_time(example: Example, media: tuple[MediaEmbeds, ...]) -> tuple[
 
 CONTROLS = {"without_media": without_video, "shuffled": shuffled_in_time}
 """The names of EvalRunConfig.control."""
+
+
+def require_control(name: str, examples: Sequence[Example]) -> None:
+    """
+    Raises:
+        ValueError: the control would change none of them.
+    """
+    kinds = ("video",) if name == "shuffled" else ("video", "image", "audio")
+    changed = sum(any(clip.kind in kinds for clip in example.clips) for example in examples)
+    if not changed:
+        raise ValueError(
+            f"control is {name}, but none of {len(examples)} questions has a clip of kind {', '.join(kinds)}, so it "
+            "would say what the evaluation says; leave it out"
+        )
+    logger.info("control %s: of %d of %d questions", name, changed, len(examples))
 
 
 def shuffled(media: MediaEmbeds, *names: int | str) -> MediaEmbeds:

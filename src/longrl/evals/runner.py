@@ -16,7 +16,7 @@ from longrl.config import EvalRunConfig, QuickstartConfig, RlConfig
 from longrl.data.examples import Skips, load_examples
 from longrl.data.order import by_media
 from longrl.data.prompts import Change, PromptBuilder, prompt_limit
-from longrl.evals.controls import CONTROLS
+from longrl.evals.controls import CONTROLS, require_control
 from longrl.files import write_whole
 from longrl.models.streams import num_tokens
 from longrl.parallel.ranks import ALONE, Ranks
@@ -79,8 +79,10 @@ def run_eval(config: EvalRunConfig, ranks: Ranks = ALONE) -> EvalResult:
     skips = Skips(config.data)
     examples = load_questions(config, skips)
     rewards = build_rewards(config.rewards, config.scoring, config.judge, ranks.dp_size)
-    rewards.require(examples)
+    rewards.require(examples, expressions=ranks.is_main)
     require_model(config.model, config.parallel)
+    if config.control:
+        require_control(config.control, examples)
     if ranks.is_main:
         rewards.check()
     run_dir = start_run(config, is_main=ranks.is_main)
@@ -136,8 +138,9 @@ def evaluate(
     limit = prompt_limit(config, skips.data, ranks)
     build = PromptBuilder(policy.family, config.cache, skips, ranks, *limit)
     together, most = by_media(examples), config.rollout.prompts_in_flight
+    engine = NativeEngine(policy, _sampling(config, most))
     # questions whose media a control takes away share no prefix any more, and would be asked one by one
-    engine = NativeEngine(policy, _sampling(config, most * max(map(len, together), default=1) if change else most))
+    apart = engine.resampled(_sampling(config, max(most, config.rollout.max_streams // config.eval.samples)))
     forced_ids = policy.family.tokenizer.encode(forced, add_special_tokens=False)
     begun: list[Begun] = []
     """On the rank that judges."""
@@ -156,10 +159,11 @@ def evaluate(
             kept, prompts = build([examples[i] for i in members], change)
             keys |= {media.key for prompt in prompts for media in prompt.media}
             batch = [examples[members[k]] for k in kept]
+            bare = not any(prompt.media for prompt in prompts) and all(example.clips for example in batch)
             prompts = [prompt.followed_by(forced_ids) for prompt in prompts]
             seeds = [seed_for(config.runtime.seed, "eval", example.id) for example in batch]
             with torch.no_grad():
-                for groups, prefix in engine.rollout(batch, prompts, seeds):
+                for groups, prefix in (apart if bare else engine).rollout(batch, prompts, seeds):
                     prefix.release()
                     layout.once(judge, groups)
     found = {one.group.id: one.result() for one in begun}

@@ -102,6 +102,8 @@ def flow_scheduler(scheduler: Any, shift: float | None) -> Any:
         raise ValueError(
             f"the pipeline's scheduler is {type(scheduler).__name__} without flow sigmas, expected one of a flow model"
         )
+    if (last := scheduler.config.get("final_sigmas_type", "zero")) != "zero":
+        raise ValueError(f"the pipeline's scheduler has final_sigmas_type {last!r}, expected 'zero'")
     given = {} if shift is None else {name: shift, "use_dynamic_shifting": False}
     return type(scheduler).from_config(scheduler.config, **given)
 

@@ -24,7 +24,9 @@ WORTH = 0.9
 
 
 def fits(shape: ModelShape, work: Work, setup: Setup, device: Device) -> bool:
-    """On the device and, where it is known how much its host has, there too."""
+    """On the device and, where it is known how much its host has, there too; vLLM in what it takes."""
+    if Tally(shape, work, setup, device).vllm_lacks:
+        return False
     memory = plan_memory(shape, work, setup, device)
     if device.is_cpu:
         return memory.peak_bytes + memory.host_bytes <= device.planned_bytes
@@ -93,7 +95,7 @@ def smallest_change(
 ) -> tuple[dict[str, str], Work, Setup] | None:
     """What to set so that it fits, tried in all combinations.
 
-    First what changes no result: recomputation, offload, tiles, one prompt in flight, less memory for vLLM and layout
+    First what changes no result: recomputation, offload, tiles, one prompt in flight, vLLM's share of memory and layout
     of the processes, then of up to eight times as many; of that the fewest keys, then the fastest. Only then adapters
     in the place of full fine-tuning, and fewer frames.
 
@@ -105,8 +107,6 @@ def smallest_change(
         best, one = None, device.shared_by(times)
         for changes, results, other_work, other in _tries(shape, work, setup, processes * times, in_flight, engines):
             if bool(results) != lossy or not fits(shape, other_work, other, one):
-                continue
-            if other.vllm != setup.vllm and Tally(shape, other_work, other, one).vllm_lacks:
                 continue
             cost = (results, len(changes), other.sp, plan_cost(shape, other_work, other, one).total_s)
             if best is None or cost < best[0]:
@@ -143,12 +143,13 @@ def _step_s(shape: ModelShape, work: Work, setup: Setup, device: Device, process
 
 
 def _engines(vllm: Vllm | None) -> list[Vllm | None]:
-    """As it is, and with less memory."""
+    """As it is, and with more memory or less."""
     if vllm is None:
         return [None]
     return [
         replace(vllm, share=vllm.share / part, sleeps=sleeps)
-        for part, sleeps in product((1, 2, 4), sorted({vllm.sleeps, True}))
+        for part, sleeps in product((1, 2, 4, 1 / 2, 1 / 4), sorted({vllm.sleeps, True}))
+        if vllm.share / part < 1
     ]
 
 

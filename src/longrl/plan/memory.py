@@ -252,23 +252,33 @@ class Tally:
     def vllm_weights(self) -> float:
         """With the tower, which not all models have there."""
         assert self.setup.vllm is not None
-        parameters = self.shape.trunk_parameters + self.shape.tower_parameters
+        shape = self.shape
+        head = shape.vocabulary * shape.width if shape.tied else 0  # which it has of its own: see vllm_weights.py
+        parameters = shape.trunk_parameters + head + shape.tower_parameters
         return self.setup.vllm.weight_bytes * parameters / self.setup.sp
 
     @property
-    def vllm_lacks(self) -> bool:
-        """Whether its weights and one response have no room in what vLLM takes."""
-        if (vllm := self.setup.vllm) is None:
-            return False
-        kv = 2 * self.shape.layers * self.kv_heads * self.shape.head_dim * vllm.weight_bytes
-        longest = self.work.prompt_tokens + self.work.response_tokens
-        return vllm.share * self.device.memory_bytes < self.vllm_weights + kv * longest
+    def vllm_needs(self) -> float:
+        """For its weights and one response."""
+        assert self.setup.vllm is not None
+        kv = 2 * self.shape.layers * self.kv_heads * self.shape.head_dim * self.setup.vllm.weight_bytes
+        return self.vllm_weights + kv * (self.work.prompt_tokens + self.work.response_tokens)
 
     @property
-    def decode(self) -> dict[str, float]:
+    def vllm_lacks(self) -> bool:
+        """Whether that has no room in what vLLM takes of a GPU."""
+        vllm, device = self.setup.vllm, self.device
+        return vllm is not None and not device.is_cpu and vllm.share * device.memory_bytes < self.vllm_needs
+
+    @property
+    def in_flight(self) -> int:
+        """Prompts whose keys and values training holds at a time."""
+        return self.setup.prompts_in_flight if self.work.rollout and not self.setup.vllm else 1
+
+    def decode(self, streams_each: int) -> dict[str, float]:
+        """streams_each: after one prefix."""
         shape, work = self.shape, self.work
-        in_flight = self.setup.prompts_in_flight
-        streams = min((work.group_size + work.greedy_streams) * in_flight, work.max_streams)
+        streams = min(streams_each * self.setup.prompts_in_flight, work.max_streams)
         own = 2 * shape.layers * streams * work.response_tokens * self.kv_heads * shape.head_dim * self.wide
         logits = 4 * 8 * streams * shape.vocabulary
         return {"decode buffers": own + logits}
@@ -281,12 +291,16 @@ def plan_memory(shape: ModelShape, work: Work, setup: Setup, device: Device) -> 
     if work.trains:
         kept, host = t.kept()
     one_prompt = {"prefix KV": t.prefix_kv, **kept} | (t.media if work.trains else {})
-    here = steady | {part: size * setup.prompts_in_flight for part, size in one_prompt.items()}
+    here = steady | {part: size * t.in_flight for part, size in one_prompt.items()}
     phases = {"prefill": here | t.prefix_layer(work.trains) | t.gathered(2)}
     if setup.vllm:  # draws all responses before the first prefix
         phases["decode"] = dict(steady)
     elif work.rollout:
-        phases["decode"] = here | t.decode | t.gathered(shape.layers)
+        streams = max(work.group_size + work.greedy_streams, work.shuffled_streams)
+        phases["decode"] = here | t.decode(streams) | t.gathered(shape.layers)
+    if work.evaluated_streams:
+        prefixes = {"prefix KV": setup.prompts_in_flight * t.prefix_kv}
+        phases["evaluation"] = steady | prefixes | t.decode(work.evaluated_streams) | t.gathered(shape.layers)
     if work.reference:
         reference = {"reference's prefix KV": t.prefix_kv} | t.prefix_layer(False)
         phases["reference"] = here | reference | t.gathered(2, always=setup.offload_reference)
@@ -300,15 +314,17 @@ def plan_memory(shape: ModelShape, work: Work, setup: Setup, device: Device) -> 
         phases["prefix backward"] = here | grads | one | t.gathered(2) | t.reduced()
         if setup.encoder_parameters:
             # the prefix is gone; those of others are not
-            waiting = {part: size * (setup.prompts_in_flight - 1) for part, size in one_prompt.items()}
+            waiting = {part: size * (t.in_flight - 1) for part, size in one_prompt.items()}
             phases["encoder"] = steady | waiting | {"media embeddings": here["media embeddings"]} | t.encoder()
         # AdamW goes through all parameters at once on a GPU, one after another on the CPU
         phases["optimizer"] = steady | ({} if device.is_cpu else {"AdamW's denominators": steady["gradients"]})
-    inputs = shape.layers * t.pinned(host / shape.layers) * setup.prompts_in_flight
+    inputs = shape.layers * t.pinned(host / shape.layers) * t.in_flight
     on_host = {"layer inputs": inputs, "reference weights": t.host_reference}
     if (vllm := setup.vllm) and not device.is_cpu:
         for name in ("decode",) if vllm.sleeps else phases:
             phases[name] |= {"vLLM": vllm.share * device.memory_bytes}
+        if vllm.sleeps and work.evaluated_streams:  # it has been given the new weights by then
+            phases["evaluation"] |= {"vLLM's weights": t.vllm_weights}
         on_host["vLLM's weights"] = t.vllm_weights if vllm.sleeps else 0.0
     return Memory(
         phases={name: {part: int(size) for part, size in parts.items() if size} for name, parts in phases.items()},

@@ -17,7 +17,6 @@ from longrl.plan.memory import plan_memory
 from longrl.plan.prompt import TEXT_TOKENS, PromptSize, prompt_size
 from longrl.plan.shapes import ModelShape, shape_of
 from longrl.plan.work import Memory, Setup, Vllm, Work
-from longrl.rollout.vllm_rules import choose_engine
 
 BYTES = {"float32": 4, "bfloat16": 2, "float64": 8}
 SFT_RESPONSE_TOKENS = 1024
@@ -49,6 +48,7 @@ def make_plan(config: DataRunConfig, device: str, processes: int) -> Plan:
     """Plans a step (of evaluation: one video).
 
     Args:
+        config: `rollout.engine: auto` is planned as the built-in one; see rollout/engine.py, settle_engine.
         device: a name in devices.py.
         processes: of the run.
 
@@ -56,7 +56,7 @@ def make_plan(config: DataRunConfig, device: str, processes: int) -> Plan:
         ValueError: the model's sizes cannot be read; processes, heads and tokens do not go together.
     """
     shape = _shape(config)
-    setup, prompt, on = setup_of(config, shape, processes), prompt_size(config, shape), find_device(device, processes)
+    setup, prompt, on = setup_of(config, shape), prompt_size(config, shape), find_device(device, processes)
     work = work_of(config, prompt)
     if config.parallel.sp == "auto":
         ulysses, ring = choose_layout(shape, work, setup, on, processes) or layouts(shape, processes)[-1]
@@ -152,7 +152,7 @@ def _without_prompt(
         device = replace(GPUS["A100-80G"], memory_bytes=gpu_bytes, host_bytes=host_bytes)
     shape = _shape(config)
     nothing = PromptSize(video_tokens=0, text_tokens=TEXT_TOKENS, frames=0, merge=1, temporal=1, source="")
-    return shape, setup_of(config, shape, processes), work_of(config, nothing), device
+    return shape, setup_of(config, shape), work_of(config, nothing), device
 
 
 def _shape(config: DataRunConfig) -> ModelShape:
@@ -164,12 +164,10 @@ def _shape(config: DataRunConfig) -> ModelShape:
     return shape
 
 
-def setup_of(config: DataRunConfig, shape: ModelShape, processes: int) -> Setup:
+def setup_of(config: DataRunConfig, shape: ModelShape) -> Setup:
     """Where `parallel.sp` is auto, of prompts that one process has to itself."""
     model, parallel, memory = config.model, config.parallel, config.memory
-    in_flight, vllm = 1, _vllm_of(config, processes)
-    if not (vllm or _by_servers(config)) and isinstance(config, RlConfig | EvalRunConfig):
-        in_flight = config.rollout.prompts_in_flight
+    in_flight = config.rollout.prompts_in_flight if isinstance(config, RlConfig | EvalRunConfig) else 1
     sp = 1 if parallel.sp == "auto" else parallel.sp
     encoder = 0
     if shape.vision is not None:
@@ -184,7 +182,7 @@ def setup_of(config: DataRunConfig, shape: ModelShape, processes: int) -> Setup:
         offload=memory.offload,
         mlp_tile_tokens=memory.mlp_tile_tokens,
         prompts_in_flight=in_flight,
-        vllm=vllm,
+        vllm=_vllm_of(config),
         weight_bytes=BYTES[model.dtype],
         compute_bytes=BYTES[model.compute_dtype or model.dtype],
         lora_rank=model.lora.rank if model.lora else 0,
@@ -200,11 +198,9 @@ def _by_servers(config: DataRunConfig) -> bool:
     return isinstance(config, RlConfig) and config.rollout.server is not None
 
 
-def _vllm_of(config: DataRunConfig, processes: int) -> Vllm | None:
+def _vllm_of(config: DataRunConfig) -> Vllm | None:
     """Where it draws the rollouts, in this process."""
-    if not isinstance(config, RlConfig) or _by_servers(config):
-        return None
-    if config.rollout.engine != "vllm" and choose_engine(config, processes)[0] != "vllm":
+    if not isinstance(config, RlConfig) or _by_servers(config) or config.rollout.engine != "vllm":
         return None
     model, asked = config.model, config.rollout.vllm
     return Vllm(
@@ -248,6 +244,7 @@ def work_of(config: DataRunConfig, prompt: PromptSize) -> Work:
         return work
     return replace(
         work,
+        evaluated_streams=share * config.eval.samples if config.eval_every_steps else 0,
         updates=config.algo.updates_per_batch,
         reference=config.algo.kl != "off",
         shuffled_streams=share * config.algo.shuffled_rollouts,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from longrl.plan.devices import GIB, Device
+from longrl.plan.memory import Tally
 from longrl.plan.plan import Plan
 
 
@@ -50,18 +51,28 @@ def plan_lines(plan: Plan) -> Iterator[str]:
 
 def refusal(plan: Plan) -> str:
     """Why a plan does not fit, and what would make it, in one line."""
-    device, memory = plan.device, plan.memory
-    need, room = memory.peak_bytes + (memory.host_bytes if device.is_cpu else 0), device.planned_bytes
-    here = "this machine's CPU (--device plans for another)" if device.is_cpu else f"one {device.name}"
-    if need <= room:
-        assert device.planned_host_bytes is not None
-        need, room, here = memory.host_bytes, device.planned_host_bytes, "its host"
-    text = f"a step needs {_size(need)} a process, on {here} {_size(room)} may be planned, {_size(need - room)} too few"
+    text = _lack(plan)
     if plan.change is None:
         smaller = "; set video.max_pixels: smaller frames have fewer tokens" if plan.prompt.video_tokens else ""
         return f"{text}; no layout, recomputation, adapters or an eighth of the frames would make it fit{smaller}"
     keys, other = plan.change
     return f"{text}; {_size(other.peak_bytes)} with {_keys(keys)}"
+
+
+def _lack(plan: Plan) -> str:
+    device, memory = plan.device, plan.memory
+    tally = Tally(plan.shape, plan.work, plan.setup, device)
+    if tally.vllm_lacks:
+        assert plan.setup.vllm is not None
+        share = f"rollout.vllm.gpu_memory_utilization {plan.setup.vllm.share:g}"
+        taken = plan.setup.vllm.share * device.memory_bytes
+        return f"vLLM's weights and one response need {_size(tally.vllm_needs)}, with {share} it has {_size(taken)}"
+    need, room = memory.peak_bytes + (memory.host_bytes if device.is_cpu else 0), device.planned_bytes
+    here = "this machine's CPU (--device plans for another)" if device.is_cpu else f"one {device.name}"
+    if need <= room:
+        assert device.planned_host_bytes is not None
+        need, room, here = memory.host_bytes, device.planned_host_bytes, "its host"
+    return f"a step needs {_size(need)} a process, on {here} {_size(room)} may be planned, {_size(need - room)} too few"
 
 
 def _keys(keys: dict[str, str]) -> str:

@@ -33,6 +33,8 @@ class Work:
     """Of the weights on the same rollouts; from the second on each computes the prompts again."""
     reference: bool = False
     """A KL term: the reference's log-probs are needed too."""
+    evaluated_streams: int = 0
+    """After one prefix, by the built-in engine, in evaluations while it trains; 0: there are none."""
     greedy_streams: int = 0
     """After one prefix, decoded beside the others and not trained (ReMax)."""
     shuffled_streams: int = 0
@@ -78,6 +80,7 @@ class Setup:
     mlp_tile_tokens: int | None = None
     offload_reference: bool = False
     prompts_in_flight: int = 1
+    """Of the built-in engine; others leave one prompt at a time to the update."""
     vllm: Vllm | None = None
     """What draws the rollouts; None: the built-in engine."""
     lora_rank: int = 0

@@ -125,14 +125,17 @@ class Rewards:
         """Calls every reward; those that return a Future are not waited for."""
         return Begun(self, group)
 
-    def require(self, examples: Iterable[Example]) -> None:
+    def require(self, examples: Iterable[Example], *, expressions: bool = True) -> None:
         """Looks whether all examples can be scored, before a model is loaded.
+
+        Args:
+            expressions: the truths of math too, some milliseconds each: of several ranks one is enough.
 
         Raises:
             ValueError: a truth that its reward cannot read, or a reward that cannot be loaded.
         """
         names = [name for name in self.weights if name != "answer"]
-        expressions: dict[str, Example] = {}
+        asked: dict[str, Example] = {}
         for example in examples:
             routed = [self.of_kind(example.kind)] if "answer" in self.weights else []
             for name in (*routed, *names):
@@ -141,18 +144,24 @@ class Rewards:
                     continue
                 if name in _TRUTHS:
                     _TRUTHS[name](example)
-                if name == "math" and not is_plain_number(example.answer):
-                    expressions.setdefault(example.answer, example)
-        self._require_expressions(expressions)
+                if name == "math" and expressions and not is_plain_number(example.answer):
+                    asked.setdefault(example.answer, example)
+        self._require_expressions(asked)
 
     def _require_expressions(self, examples: Mapping[str, Example]) -> None:
         """By workers, as it may take for ever: of a response that was cut off `math` reads the truth alone."""
+        if examples:
+            logger.info("looking whether math can read the %d truths that are no plain numbers", len(examples))
         asked = {truth: self._pool.submit("math", {}, example, _CUT_OFF) for truth, example in examples.items()}
         for truth, read in asked.items():
             error = read.exception()
-            if not isinstance(error, RewardError):
-                read.result()
+            if isinstance(error, RewardError) and not str(error).startswith("ValueError: "):
+                # its time was up, say: on a machine that was busy, perhaps
+                error = self._pool.submit("math", {}, examples[truth], _CUT_OFF).exception()
+            if error is None:
                 continue
+            if not isinstance(error, RewardError):
+                raise error
             for other in asked.values():
                 other.cancel()
             why = str(error).removeprefix("ValueError: ")

@@ -11,6 +11,7 @@ import secrets
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Annotated, Any
@@ -20,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from longrl.judge_config import JudgeConfig, JudgeModelConfig
 from longrl.rewards.answer import final_answer
 from longrl.rewards.limits import CallError
-from longrl.rewards.remote import Remote, Use, http_error, start
+from longrl.rewards.remote import Remote, Use, hide, http_error, in_a_line, start
 from longrl.rewards.store import Store
 from longrl.runtime import rank_and_size
 from longrl.totals import Totals
@@ -216,17 +217,13 @@ class JudgeModel:
             told = self._use(*known)
             used.tokens, used.usd = told.tokens, told.usd
         try:
-            said = read_reply(reply, self._hide)
+            said = read_reply(reply, partial(hide, secret=self._secret))
         except CallError as error:
             raise CallError(self._plain(str(error)), again=True) from None
         return {"score": said.score, "reason": self._plain(said.reason)}
 
     def _plain(self, text: str) -> str:
-        """In one line, and without the key: servers quote it."""
-        return self._hide(" ".join(text.split()))[:300]
-
-    def _hide(self, text: str) -> str:
-        return text.replace(self._secret, "[key]") if self._secret else text
+        return in_a_line(text, self._secret)
 
 
 def about(texts: dict[str, str]) -> Question:

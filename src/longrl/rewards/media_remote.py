@@ -21,7 +21,7 @@ from longrl.flow_types import Media
 from longrl.rewards.judge import HIGHEST, Judge, Question, fenced, key_of
 from longrl.rewards.limits import CallError
 from longrl.rewards.media_scorer import Scorer, Scores, sampled
-from longrl.rewards.remote import Remote, Use, http_error, start
+from longrl.rewards.remote import Remote, Use, http_error, in_a_line, start
 from longrl.rewards.store import Store
 from longrl.scorers_config import ServiceConfig, VlmConfig
 from longrl.totals import Totals
@@ -107,8 +107,7 @@ class Service(Scorer):
             raise CallError(self._plain(f"malformed reply: {type(error).__name__}: {error}"), again=True) from None
 
     def _plain(self, text: str) -> str:
-        text = " ".join(text.split())
-        return (text.replace(self._secret, "[key]") if self._secret else text)[:300]
+        return in_a_line(text, self._secret)
 
 
 class Vlm(Scorer):

@@ -201,6 +201,16 @@ def http_error(status: int, headers: Mapping[str, str], message: str) -> CallErr
     return CallError(f"HTTP {status}: {message}", again=again, after_s=_retry_after_s(headers) if again else 0.0)
 
 
+def hide(text: str, secret: str | None) -> str:
+    """Servers quote keys."""
+    return text.replace(secret, "[key]") if secret else text
+
+
+def in_a_line(text: str, secret: str | None) -> str:
+    """What somebody else has said, for a message, without the key."""
+    return hide(" ".join(text.split()), secret)[:300]
+
+
 def _retry_after_s(headers: Mapping[str, str]) -> float:
     """Seconds, milliseconds (OpenAI's own header) or a date; 0 where there is none that can be read."""
     try:

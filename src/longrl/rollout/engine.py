@@ -12,7 +12,7 @@ from longrl.parallel.ranks import ALONE, Ranks
 from longrl.policy import Policy
 from longrl.rollout.native import NativeEngine
 from longrl.rollout.vllm_engine import start_vllm
-from longrl.rollout.vllm_rules import choose_engine
+from longrl.rollout.vllm_rules import choose_engine, with_engine
 from longrl.types import Example, Group, Prefix, Prompt
 
 log = logging.getLogger(__name__)
@@ -30,6 +30,11 @@ class Engine(Protocol):
     @property
     def longest_prompt(self) -> int | None:
         """Tokens for which it has room beside a response; None: not bounded, or not known here."""
+        ...
+
+    @property
+    def longest_clip(self) -> int | None:
+        """Tokens of one clip for which it has room; None: as of longest_prompt."""
         ...
 
     def rollout(
@@ -61,6 +66,16 @@ class Engine(Protocol):
         ...
 
 
+def settle_engine(config: RlConfig, ranks: Ranks) -> RlConfig:
+    """With the engine that `rollout.engine: auto` stands for, which nodes might see differently: the main rank says."""
+    if config.rollout.server or config.rollout.engine != "auto":
+        return config
+    name, why = ranks.from_main(choose_engine, config, ranks.size)
+    if ranks.is_main:
+        log.info("rollouts by the engine %s: %s", name, why)
+    return with_engine(config, name)
+
+
 def build_engine(
     config: RlConfig, policy: Policy, time: Timer, ranks: Ranks = ALONE, *, greedy: bool = False
 ) -> Engine:
@@ -77,9 +92,8 @@ def build_engine(
         from longrl.rollout.remote import RemoteEngine
 
         return RemoteEngine(config, policy, time, ranks, greedy=greedy)
-    name, why = choose_engine(config, ranks.size)
-    if ranks.is_main and config.rollout.engine != "native":
-        log.info("rollouts by the engine %s: %s", name, why)
+    config = settle_engine(config, ranks)
+    name, _ = choose_engine(config, ranks.size)  # which looks what this node has
     if name == "vllm":
         return start_vllm(config, policy, time, ranks, greedy=greedy)
     return NativeEngine(policy, config.rollout, time, greedy=greedy)

@@ -83,6 +83,8 @@ class NativeEngine:
     def longest_prompt(self) -> None:
         """What the memory plan allows."""
 
+    longest_clip = longest_prompt
+
     def update_weights(self) -> None:
         """They are the policy's own."""
 

@@ -114,6 +114,8 @@ class RemoteEngine:
     def longest_prompt(self) -> None:
         """Servers say it of a prompt that is longer."""
 
+    longest_clip = longest_prompt
+
     def update_weights(self) -> None:
         """They are written when rollouts are asked for."""
 

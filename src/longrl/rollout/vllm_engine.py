@@ -59,6 +59,10 @@ class VllmEngine:
     def longest_prompt(self) -> int:
         return self.vllm.room - self.config.max_new_tokens
 
+    @property
+    def longest_clip(self) -> int | None:
+        return self.vllm.media_room or None
+
     def update_weights(self) -> None:
         with self.time("weights"):
             self.vllm.load(self.policy)

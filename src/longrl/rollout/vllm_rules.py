@@ -71,7 +71,7 @@ def lora_room(rank: int) -> int:
     return min(room for room in LORA_RANKS if room >= rank)
 
 
-def choose_engine(config: RlConfig, processes: int = 1) -> tuple[str, str]:
+def choose_engine(config: RlConfig, processes: int) -> tuple[str, str]:
     """The engine that `rollout.engine` stands for in a run of so many processes, and why.
 
     Raises:
@@ -88,6 +88,10 @@ def choose_engine(config: RlConfig, processes: int = 1) -> tuple[str, str]:
         require_version(installed())
         return asked, "as rollout.engine says"
     return _by_rule(config, processes, shape, reason)
+
+
+def with_engine(config: RlConfig, name: str) -> RlConfig:
+    return config.model_copy(update={"rollout": config.rollout.model_copy(update={"engine": name})})
 
 
 def _by_rule(config: RlConfig, processes: int, shape: ModelShape | None, reason: str | None) -> tuple[str, str]:
