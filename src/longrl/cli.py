@@ -104,7 +104,7 @@ def _say_done(run_dir: str, model: Path, is_main: bool) -> None:
 
 
 @app.command()
-def report(run: Annotated[Path, typer.Argument(help="A run directory of sft, rl or quickstart.")]) -> None:
+def report(run: Annotated[Path, typer.Argument(help="A run directory of sft, rl, flow or quickstart.")]) -> None:
     """Draw a run's metrics into its report.html, at any time."""
     from longrl.report.html import report_command
 
@@ -136,7 +136,7 @@ def flow(config: Config) -> None:
     from longrl.train_flow import train_flow
 
     with start_ranks(ParallelConfig(timeout_s=loaded.processes.timeout_s)) as ranks:
-        train_flow(loaded, ranks)
+        _say_done(loaded.run_dir, train_flow(loaded, ranks), ranks.is_main)
 
 
 @app.command("eval")

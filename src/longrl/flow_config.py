@@ -185,7 +185,8 @@ class FlowConfig(LoopConfig):
     sampling: SamplingConfig = SamplingConfig()
     flow: FlowAlgoConfig = FlowAlgoConfig()
     rewards: dict[str, float]
-    """Reward name -> weight. Names: flow.md; `package.module:attr` of your own, which runs in the run's process."""
+    """Reward name -> weight. Names: flow.md; `package.module:attr` or `file.py:attr` of your own, which
+    runs in the run's process."""
     scorers: ScorersConfig = ScorersConfig()
     held_out: HeldOutConfig = HeldOutConfig()
     gradient_checkpointing: bool = False

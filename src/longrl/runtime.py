@@ -108,6 +108,11 @@ def _claim(run_dir: Path, config: RunConfig | FlowConfig) -> None:
     if path.exists():
         _require_same(config, path)
         logger.info("%s: taking up the run that is there", run_dir)
+    elif (run_dir / CHECKPOINTS).is_dir():
+        raise ValueError(
+            f"run_dir {run_dir} has {CHECKPOINTS}/ but no {CONFIG_NAME}, so what made them is not known; put the file "
+            "back, or choose another run_dir"
+        )
     else:
         save_config(config, path)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import signal
 
 import pytest
@@ -19,6 +20,7 @@ from longrl.flow_config import FlowConfig
 from longrl.flow_training import FlowTraining
 from longrl.models.media import load_media_family
 from longrl.parallel import tensor_files
+from longrl.report.media import write_media_report
 from longrl.report.metrics import read_metrics
 from longrl.stopping import Stopped
 from longrl.train_flow import train_flow
@@ -66,6 +68,17 @@ def test_it_learns_what_the_prompt_asks_for(learned):
     assert [record["step"] for record in records] == list(range(1, 13))
     assert max(record["sampling/logprob_diff"] for record in records) < 1e-5
     assert records[-1]["reward/mean"] > records[0]["reward/mean"]
+
+
+def test_a_run_that_has_not_ended_has_a_report_too(learned, tmp_path):
+    shutil.copytree(learned, tmp_path / "run")
+    for name in ("summary.json", "report.html", "held_out/after.json"):
+        (tmp_path / "run" / name).unlink()
+    page = write_media_report(tmp_path / "run").read_text()
+    assert page.count('src="data:image/png;base64,') == 3
+    assert "before training, which has not ended" in page
+    assert "<figcaption>Reward</figcaption>" in page
+    assert not (tmp_path / "run" / "summary.json").exists()
 
 
 def test_the_report_shows_samples_before_and_after(learned):

@@ -38,9 +38,9 @@ def test_rows_that_break_their_worker_are_trained_on_as_rows_without_a_reward(da
 
 def test_a_run_whose_reward_always_fails_stops(dataset, tmp_path):
     config = rl_config(
-        dataset, tmp_path, rewards={"tests.unit.naughty:not_a_number": 1.0}, scoring={"max_failures": 20}
+        dataset, tmp_path, rewards={"tests.unit.naughty:not_a_number": 1.0}, scoring={"max_failures": 12}
     )
-    with pytest.raises(RuntimeError, match=r"has failed on 21 of its last 21 responses"):
+    with pytest.raises(RuntimeError, match=r"has failed on 13 of its last 13 responses"):
         train_rl(config)
 
 

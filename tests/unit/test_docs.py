@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from longrl.config_files import load_config
+from tests.unit.media import render
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
@@ -51,6 +52,13 @@ def test_extending_runs_from_top_to_bottom(importable):
             assert "assert" in code
     assert saved == ["my_reward.py", "my_advantage.py", "my_loss.py", "my_family.py"]
     assert run == len(saved)
+
+
+def test_inference_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    render(tmp_path / "v.mp4", [float(i) for i in range(130)])
+    [(_, code)] = blocks((ROOT / "docs" / "inference.md").read_text(encoding="utf-8"), "python")
+    exec(code, {"DIR": "tiny:qwen2_5_vl", "VIDEO": "v.mp4"})
 
 
 @pytest.mark.parametrize("page", ["extending.md", "rewards.md"])

@@ -210,9 +210,9 @@ def test_numbers_stand_beside_their_bounds(page):
         "Gain of RL over SFT 0.250 at least 0.150 holds",
         "without the video 0.291 at most 0.350 holds",
         "log-prob difference, engine to trainer 3.1e-06 at most 1.0e-05 holds",
-        "SFT model, careful format forced 0.715 for comparison",
+        "SFT model, made to answer in its careful format 0.715 for comparison",
         "Peak memory, GB 1.91 at most 4.00 holds",
-        "embedding cache hits 98%",
+        "embeddings there beforehand 98%",
         "longest video 4:10",
     ):
         assert expected in text
@@ -307,7 +307,7 @@ def test_charts_use_the_page_colours():
     one = Series(label="a", colour="rl", ys=[0.1, math.nan, 0.9], errors=[0.05, 0, 0.02])
     for svg in (
         line_chart([1, 2, 3], [one], "A & B", bound=0.5),
-        bar_chart(["x", "y", "z"], [one], "A & B", chance=0.25),
+        bar_chart(["x", "y", "z"], [one], "A & B", chance=[0.25, None, 0.25]),
         area_chart([1, 2, 3], [Series(label="a", colour="rl", ys=[1, 2, 3])], "A & B"),
     ):
         assert svg.startswith('<svg viewBox="0 0 ')
@@ -362,6 +362,7 @@ def test_a_training_run_before_its_first_step(tmp_path):
 
 def test_no_report_of_other_folders(tmp_path, longrl):
     assert "no run directory (no config.yaml)" in longrl("report", tmp_path).stderr
-    (tmp_path / "config.yaml").write_text("kind: flow\n")
-    done = longrl("report", tmp_path)
-    assert (done.returncode, "a run of kind 'flow' has no such report" in done.stderr) == (2, True)
+    for kind, why in (("eval", "a run of kind 'eval' has no such report"), ("flow", "no samples yet")):
+        (tmp_path / "config.yaml").write_text(f"kind: {kind}\n")
+        done = longrl("report", tmp_path)
+        assert (done.returncode, why in done.stderr) == (2, True)

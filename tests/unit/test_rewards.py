@@ -134,6 +134,15 @@ def test_too_many_failures_stop_the_run():
         rewards(group("d"))
 
 
+def test_a_reward_that_has_never_worked_stops_the_run_and_says_why_once(caplog):
+    name = f"{__name__}:not_a_number"
+    rewards = build({name: 1.0})
+    rewards(group(*["a"] * 15))
+    with pytest.raises(RuntimeError, match=r"has failed on 16 of its last 16 responses, none was scored"):
+        rewards(group("b"))
+    assert len([line for line in caplog.messages if "failed: " in line]) == 1
+
+
 def test_failures_that_are_long_past_do_not_stop_the_run():
     name = f"{__name__}:raises_often"
     rewards = build({name: 1.0}, max_failures=1)

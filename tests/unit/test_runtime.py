@@ -41,6 +41,13 @@ def test_another_configuration_in_the_same_directory_is_refused(tmp_path):
     assert load_config([tmp_path / "run" / "config.yaml"]) == config
 
 
+def test_checkpoints_without_a_configuration_are_nobodys(tmp_path):
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"has checkpoints/ but no config.yaml, so what made them is not known; put"):
+        start_run(config_in(tmp_path / "run"))
+    assert not (tmp_path / "run" / "config.yaml").exists()
+
+
 @pytest.mark.parametrize("below", ["", "deeper/still"])
 def test_run_dir_is_a_file(below, tmp_path):
     (tmp_path / "file").touch()

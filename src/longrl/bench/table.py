@@ -85,6 +85,8 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
             f"{row['max_rel_grad_diff']:11.1e}{row['bytes_sent'] / 1e6:9.1f}"
             f"{'-' if row['micro_batch'] is None else row['micro_batch']:>13}"
         )
+    if over := [row["path"] for row in rows if row["speedup"] > row["speedup_bound"]]:
+        lines.append(f"above the bound, so noise (more --repeats) or products at unequal rates: {', '.join(over)}")
     lines += [
         "x plain: speed-up; by FLOPs: counted, what it would be at equal rates; bound: the same of the prompt alone",
         "passes: forward passes over the prompt, a backward counts two; x floor: seconds over those of the FLOPs at",

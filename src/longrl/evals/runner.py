@@ -21,6 +21,7 @@ from longrl.files import write_whole
 from longrl.models.streams import num_tokens
 from longrl.parallel.ranks import ALONE, Ranks
 from longrl.policy import Policy, load_policy
+from longrl.report.headline import standard_error
 from longrl.rewards.compose import Begun, Rewards, build_rewards
 from longrl.rollout.native import NativeEngine
 from longrl.rollout_config import RolloutConfig
@@ -98,7 +99,9 @@ def run_eval(config: EvalRunConfig, ranks: Ranks = ALONE) -> EvalResult:
 def _write(result: EvalResult, run_dir: Path) -> None:
     result.write(run_dir / "eval.json")
     for name, value in {"all": result.overall, **result.by_kind, **result.by_category}.items():
-        logger.info("%-12s %.3f  (%d questions)", name, value.accuracy, value.num_questions)
+        error = standard_error(value.accuracy, max(value.num_questions, 1))
+        logger.info("%-12s %.3f +- %.3f  (%d questions)", name, value.accuracy, error, value.num_questions)
+    logger.info("%s has all answers; +- is one standard error, questions counted", run_dir / "eval.json")
 
 
 def load_questions(config: RlConfig | EvalRunConfig, skips: Skips) -> list[Example]:

@@ -21,7 +21,8 @@ def headline_html(run: RunFiles) -> str:
     lead = (
         '<p class="lead">Questions about real video files, answered before and after supervised fine-tuning on '
         "chains of thought (SFT) and after reinforcement learning (RL). Half of the demonstrations guess without "
-        "looking, on purpose: SFT learns that too, and RL must find out what pays. Test videos were never trained on. "
+        "looking, on purpose: SFT learns that too, and RL must find out what pays. What it can gain is what looking "
+        "gains, which the SFT model made to answer in its careful format shows. Test videos were never trained on. "
         "Accuracies here are of four-option questions, where a guess scores 25%; &plusmn; is one standard error.</p>"
     )
     return f"{title}{lead}{_stage_cards(run)}{_checks(run)}{_facts(summary)}"
@@ -110,13 +111,14 @@ def checks(summary: Mapping[str, Any]) -> list[Check]:
     Args:
         summary: the content of summary.json.
     """
-    sft, rl = summary.get("accuracy_sft"), summary.get("accuracy_rl")
+    base, sft, rl = (summary.get(f"accuracy_{stage}") for stage in ("base", "sft", "rl"))
     controls = dict(summary.get("controls") or {})
     order = controls.pop("rl_order", None)
     peak = summary.get("peak_rss_bytes")
     return [
         Check("Accuracy after RL", rl, at_least=0.80),
         Check("Gain of RL over SFT", None if sft is None or rl is None else rl - sft, 0.15),
+        Check("Gain of RL over what SFT began with", None if base is None or rl is None else rl - base),
         Check("Control: without the video", controls.pop("rl_without_video", None), at_most=0.35),
         Check(
             "Control: frames shuffled in time, order questions",
@@ -124,7 +126,7 @@ def checks(summary: Mapping[str, Any]) -> list[Check]:
             at_most=None if order is None else order - 0.2,
             why="" if order is None else f" = {order:.3f} - 0.2",
         ),
-        Check("Control: SFT model, careful format forced", controls.pop("sft_forced_careful", None)),
+        Check("Control: SFT model, made to answer in its careful format", controls.pop("sft_forced_careful", None)),
         *(Check(f"Control: {name.replace('_', ' ')}", value) for name, value in controls.items()),
         Check(
             "Largest log-prob difference, engine to trainer", summary.get("logprob_diff_max"), at_most=1e-5, style=".1e"
@@ -151,7 +153,7 @@ def _facts(summary: Mapping[str, Any]) -> str:
         "frames a video": _grouped(summary.get("frames_per_video")),
         "prompt tokens": _grouped(summary.get("prompt_tokens")),
         "RL steps": _grouped(summary.get("rl_steps")),
-        "embedding cache hits": None if hits is None else f"{100 * hits:.0f}%",
+        "embeddings there beforehand": None if hits is None else f"{100 * hits:.0f}%",
         "seed": summary.get("seed"),
     }
     return _fact_list(facts)

@@ -22,6 +22,7 @@ import typer
 from longrl.config_files import read_yaml
 from longrl.files import write_whole
 from longrl.report.headline import headline_html, plain, standard_error, training_html
+from longrl.report.media import write_media_report
 from longrl.report.plots import PARTS, Series, area_chart, bar_chart, line_chart, smoothing
 from longrl.report.run_files import LOOPS, STAGES, RunFiles, metrics_file, read_run
 from longrl.report.samples import samples_html
@@ -93,10 +94,10 @@ def report_command(run_dir: Path) -> None:
     path = run_dir / CONFIG_NAME
     if not path.is_file():
         raise ValueError(f"{run_dir}: no run directory (no {CONFIG_NAME}); give the run_dir of a run")
-    kinds = (*LOOPS, "quickstart")
+    kinds = (*LOOPS, "quickstart", "flow")
     if (kind := read_yaml(path).get("kind")) not in kinds:
         raise ValueError(f"{run_dir}: a run of kind {kind!r} has no such report; give one of {', '.join(kinds)}")
-    typer.echo(write_report(run_dir))
+    typer.echo(write_media_report(run_dir) if kind == "flow" else write_report(run_dir))
 
 
 # Sections
@@ -117,7 +118,7 @@ def _accuracy(run: RunFiles) -> str:
     sampled = next(iter(run.evals.values())).get("samples_per_question")
     note = (
         f'<p class="note">Mean of {sampled or "the"} sampled answers a question. Error bars: one binomial '
-        "standard error, counting questions, not samples. Dashed: a guess among four options.</p>"
+        "standard error, counting questions, not samples. Dashed, where all questions have four options: a guess.</p>"
     )
     names = {
         name: list(_union(content.get(name, {}) for content in run.evals.values()))
@@ -149,7 +150,12 @@ def _bars(run: RunFiles, title: str, part: str, groups: list[str]) -> str:
         for stage, row in cells.items()
     ]
     groups = (["all"] if part == "by_kind" else []) + groups
-    return _figure(title, series, bar_chart(groups, series, title, chance=CHANCE)) if groups else ""
+    asked = next(iter(run.evals.values())).get("examples", [])
+    kinds = {
+        group: {one.get("kind") for one in asked if group in (one.get("kind"), one.get("category"))} for group in groups
+    }
+    chance = [CHANCE if kinds[group] == {"choice"} else None for group in groups]
+    return _figure(title, series, bar_chart(groups, series, title, chance)) if groups else ""
 
 
 def _cell(content: Mapping[str, Any], part: str, group: str) -> tuple[float | None, int | None]:

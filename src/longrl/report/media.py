@@ -107,11 +107,21 @@ def gain(before: Mapping[str, Any], after: Mapping[str, Any], name: str = "rewar
 
 
 def write_media_report(run_dir: Path) -> Path:
-    """Writes report.html, and summary.json with the gain on held-out noise."""
-    stages = {stage: json.loads((run_dir / "held_out" / f"{stage}.json").read_text(encoding="utf-8"))
-              for stage in ("before", "after")}  # fmt: skip
-    summary = _summary(stages)
-    write_whole(run_dir / "summary.json", json.dumps(summary, indent=1))
+    """Writes report.html; of a run that has ended summary.json too, with the gain on held-out noise.
+
+    Raises:
+        ValueError: there are no samples yet.
+    """
+    files = {stage: run_dir / "held_out" / f"{stage}.json" for stage in ("before", "after")}
+    stages = {stage: json.loads(path.read_text(encoding="utf-8")) for stage, path in files.items() if path.exists()}
+    if "before" not in stages:
+        raise ValueError(
+            f"{run_dir}: no samples yet ({files['before'].name} is missing); they come before the first step"
+        )
+    summary: dict[str, Any] = {f"reward_{stage}": content["reward"] for stage, content in stages.items()}
+    if "after" in stages:
+        summary |= _gains(stages)
+        write_whole(run_dir / "summary.json", json.dumps(summary, indent=1))
     config = load_config([run_dir / CONFIG_NAME])
     assert isinstance(config, FlowConfig)
     sections = [
@@ -132,8 +142,8 @@ def write_media_report(run_dir: Path) -> Path:
     return path
 
 
-def _summary(stages: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    summary: dict[str, Any] = {f"reward_{stage}": content["reward"] for stage, content in stages.items()}
+def _gains(stages: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    summary = dict[str, Any]()
     for name in ("rewards", "swapped"):
         mean, error, pairs = gain(stages["before"], stages["after"], name)
         key = "gain" if name == "rewards" else "swapped_gain"
@@ -161,12 +171,16 @@ def _head(config: FlowConfig, summary: Mapping[str, Any]) -> str:
         f'<tr><td>{what}</td><td class="number"><b>{value}</b></td><td class="number">{error}</td></tr>'
         for what, value, error in rows
     )
+    paired = (
+        f"the same before and after: {summary['pairs']} pairs; &plusmn; is one standard error of the paired difference"
+        if "pairs" in summary
+        else "as it was before training, which has not ended"
+    )
     return (
         f"<h1>Reinforcement learning of a generator</h1><p>{escape(config.model.path)}, "
         f"{config.flow.preset or config.flow.method}, {config.steps} steps; reward: "
         f"{escape(', '.join(f'{weight:g} x {name}' for name, weight in config.rewards.items()))}</p>"
-        f'<p class="lead">Held-out noise that training never saw, the same before and after: {summary["pairs"]} pairs; '
-        "&plusmn; is one standard error of the paired difference.</p>"
+        f'<p class="lead">Held-out noise that training never saw, {paired}.</p>'
         f'<div class="scroll"><table class="checks"><tbody>{table}</tbody></table></div>'
     )
 

@@ -63,14 +63,14 @@ def line_chart(
     return _finish(figure, label)
 
 
-def bar_chart(groups: Sequence[str], series: Sequence[Series], label: str, chance: float | None = None) -> str:
+def bar_chart(groups: Sequence[str], series: Sequence[Series], label: str, chance: Sequence[float | None] = ()) -> str:
     """Groups of bars from 0 to 1 with error bars, each with its value in per cent above.
 
     Args:
         groups: [N] names under the axis.
         series: Each with N values and errors; NaN leaves the place empty.
         label: What the chart shows, for readers who cannot see it.
-        chance: A dashed line at this height.
+        chance: Of each group the height of a dashed line; None: it has none.
 
     Returns:
         An <svg> element.
@@ -85,8 +85,10 @@ def bar_chart(groups: Sequence[str], series: Sequence[Series], label: str, chanc
             if value == value:  # not NaN
                 text = f"{100 * value:.0f}"
                 axes.text(place, value + error + 0.025, text, ha="center", fontsize=8.5, color=_stand_in("ink"))
-    if chance is not None:
-        axes.axhline(chance, color=_stand_in("muted"), linewidth=0.9, linestyle=(0, (4, 3)))
+    for group, height in enumerate(chance):
+        if height is not None:
+            ends = group - 0.45, group + 0.45
+            axes.hlines(height, *ends, color=_stand_in("muted"), linewidth=0.9, linestyle=(0, (4, 3)))
     axes.set_ylim(0, 1.12)
     axes.set_yticks([0, 0.25, 0.5, 0.75, 1], ["0", "25", "50", "75", "100%"])
     axes.set_xticks(range(len(groups)), list(groups))

@@ -75,6 +75,8 @@ _TRUTHS: dict[str, Callable[[Example], Any]] = {
 
 _CUT_OFF = Rollout(token_ids=(), logprobs=(), text="", finish_reason="length", policy_version=0)
 
+_AT_FIRST = 16
+"""Calls of a reward, all of which fail: it does not work."""
 _LOOKED_BACK = 1000
 """Calls of a reward of which `scoring.max_failures` may fail."""
 
@@ -107,6 +109,7 @@ class Rewards:
         self._known = {**known, "answer": exact_reward} | ({} if judge is None else {"judge": judge})
         self.failures: Counter[str] = Counter()
         self._recent: dict[str, deque[bool]] = defaultdict(lambda: deque(maxlen=_LOOKED_BACK))
+        self._warned: set[tuple[str, str]] = set()
         keys = {key for model in (judge.models if judge else ()) if (key := model.config.key_env)}
         self._pool = Pool(scoring.workers, scoring.timeout_s, int(scoring.memory_gib * 2**30), keys)
         self._bound: dict[str, Reward] = {}
@@ -205,7 +208,7 @@ class Rewards:
             except (Exception, SystemExit) as error:  # noqa: BLE001 - user code: its failure must not end the run, nor pass for a 0
                 parts[name] = None
                 failed.append(name)
-                logger.warning("reward %s of example %s failed: %s: %s", name, example.id, type(error).__name__, error)
+                self._warn(name, example, f"{type(error).__name__}: {error}")
             self._count(name, name in failed)
         # A reward of weight 0 is only watched: it cannot keep a rollout from being trained.
         weighted = {name: weight for name, weight in self.weights.items() if weight and name in parts}
@@ -231,15 +234,30 @@ class Rewards:
                 self._bound[name] = bound(name, options, self._known)
         return self._bound[name]
 
+    def _warn(self, name: str, example: Example, why: str) -> None:
+        """Of failures that say the same, the first; all are counted."""
+        if (name, why) not in self._warned and len(self._warned) < _LOOKED_BACK:
+            self._warned.add((name, why))
+            logger.warning(
+                "reward %s of example %s failed: %s (said once; failures are counted)", name, example.id, why
+            )
+
     def _count(self, name: str, has_failed: bool) -> None:
         recent = self._recent[name]
         recent.append(has_failed)
         self.failures[name] += has_failed
-        if has_failed and (count := sum(recent)) > self.scoring.max_failures:
-            raise RuntimeError(
-                f"reward {name} has failed on {count} of its last {len(recent)} responses, scoring.max_failures allows "
-                f"{self.scoring.max_failures}; the log says how"
-            )
+        if not has_failed:
+            return
+        count = sum(recent)
+        if count > self.scoring.max_failures:
+            allowed = f"scoring.max_failures allows {self.scoring.max_failures}"
+        elif count == len(recent) == _AT_FIRST:
+            allowed = "none was scored"
+        else:
+            return
+        raise RuntimeError(
+            f"reward {name} has failed on {count} of its last {len(recent)} responses, {allowed}; the log says how"
+        )
 
 
 class Begun:

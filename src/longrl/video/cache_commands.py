@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -15,6 +16,11 @@ from longrl.models import load_family
 from longrl.types import Clip, Example, MediaError
 from longrl.video.cache import EmbedCache
 from longrl.video.encode import Encoder, embed
+
+logger = logging.getLogger(__name__)
+
+LOG_EVERY = 6
+"""Clips, where there is no terminal for a progress bar."""
 
 
 def cache_build(config: DataRunConfig) -> None:
@@ -47,8 +53,10 @@ def fill(clips: Iterable[Clip], family: Encoder, cache: EmbedCache, skips: Skips
     Returns:
         How many clips are in the cache now.
     """
-    num_embedded = 0
-    for clip in track(list(dict.fromkeys(clips)), "embedding videos", console=Console(stderr=True), transient=True):
+    num_embedded, console, distinct = 0, Console(stderr=True), list(dict.fromkeys(clips))
+    for done, clip in enumerate(track(distinct, "embedding videos", console=console, transient=True)):
+        if done % LOG_EVERY == 0 and not console.is_terminal:
+            logger.info("%d of %d clips embedded", done, len(distinct))
         try:
             embed(clip, family, cache)
             num_embedded += 1

@@ -36,6 +36,7 @@ MAX_STORIES = 100_000
 MAX_SEED = 20_000
 """So that every story seed here is below 2**32: whoever trains on other stories takes larger ones."""
 NUM_WORKERS = 2
+LOG_EVERY = 6
 TRAIN, TEST = 0, 1
 """Parity of story seeds."""
 
@@ -159,10 +160,12 @@ def _render_missing(folder: Path, recipes: dict[str, Recipe]) -> None:
     try:
         with _interrupts_held():
             futures = {pool.submit(_render_recipe, recipe, folder / name): name for name, recipe in missing.items()}
-        for future in as_completed(futures):
+        for done, future in enumerate(as_completed(futures), 1):
             name = futures[future]
             manifest[name] = {**asdict(missing[name]), "bytes": future.result()}
             write_whole(manifest_path, json.dumps(manifest, indent=1, sort_keys=True) + "\n")
+            if done % LOG_EVERY == 0:
+                logger.info("%d of %d videos rendered", done, len(missing))
     finally:
         pool.shutdown(cancel_futures=True)
 
