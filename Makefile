@@ -4,7 +4,7 @@ BIN := .venv/bin
 INSTALL = $(BIN)/python -m pip install --disable-pip-version-check -c constraints/cpu.txt
 REQUIREMENTS := pyproject.toml constraints/cpu.txt
 
-.PHONY: setup quickstart seeds presets flow-seeds warm-start test test-oldest test-long storm test-slurm test-ray test-vllm lint docs benchmarks
+.PHONY: setup quickstart seeds presets flow-seeds warm-start test test-oldest test-long storm test-slurm test-ray test-vllm lint docs models-page benchmarks
 
 setup: .venv/dev.stamp
 
@@ -76,6 +76,9 @@ benchmarks: .venv/core.stamp
 docs: .venv/dev.stamp
 	$(BIN)/python docs/make_config_page.py
 	$(BIN)/python docs/make_recipes_page.py
+
+# The table of docs/models.md from the tests of each family, which it runs: three minutes.
+models-page: .venv/dev.stamp
 	$(BIN)/python docs/make_models_page.py
 
 .venv/core.stamp: $(REQUIREMENTS)
