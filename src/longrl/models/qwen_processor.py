@@ -141,12 +141,12 @@ class Sizing:
         factor = self.patch * self.merge
         if self.shared_budget and kind == "video":
             frames = max(frames, self.temporal)
-            most = min(most, frames * (max_pixels or most))
+            most = min(most, frames * (most if max_pixels is None else max_pixels))
             if min(height, width) < factor:
                 scale = factor / min(height, width)
                 height, width = int(height * scale), int(width * scale)
             return frame_size(height, width, factor, min(least, most), most, frames, self.temporal)
-        most = min(most, max_pixels or most)
+        most = min(most, most if max_pixels is None else max_pixels)
         return frame_size(height, width, factor, min(least, most), most)
 
     def grid_tokens(self, height: int, width: int) -> int:
