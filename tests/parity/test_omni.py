@@ -226,3 +226,29 @@ def test_encoder_id_tells_ears_and_eyes_apart():
         assert family.encoder_id not in seen
         seen.add(family.encoder_id)
     assert family.encoder_id in seen
+
+
+def test_what_ends_a_response_is_found_where_the_checkpoint_says_it(tmp_path):
+    """In generation_config.json, in config.json, at the tokenizer; in none of them is an error that names them."""
+    family = Omni.tiny(0, torch.float32)
+    end = family.token_id("<|im_end|>")
+    family.save(tmp_path)
+    files = {name: tmp_path / name for name in ("generation_config.json", "config.json", "tokenizer_config.json")}
+    about = {name: json.loads(path.read_text()) for name, path in files.items()}
+    about["generation_config.json"]["eos_token_id"] = [end, 5]
+    about["config.json"]["eos_token_id"] = 7
+    about["config.json"]["text_config"].pop("eos_token_id", None)
+
+    def stop_ids() -> frozenset[int]:
+        for name, path in files.items():
+            path.write_text(json.dumps(about[name]))
+        return load_family(ModelConfig(path=str(tmp_path))).stop_ids
+
+    assert stop_ids() == {end, 5}
+    del about["generation_config.json"]["eos_token_id"]
+    assert stop_ids() == {7}
+    del about["config.json"]["eos_token_id"]
+    assert stop_ids() == {end}
+    del about["tokenizer_config.json"]["eos_token"]
+    with pytest.raises(ValueError, match=r"no eos_token_id in generation_config\.json, config"):
+        stop_ids()

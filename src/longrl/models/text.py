@@ -82,6 +82,12 @@ class Text:
     @classmethod
     def load(cls, path: Path, dtype: torch.dtype) -> Self:
         with explained(path):
+            nested = {"text_config", "vision_config"} & json.loads((path / "config.json").read_text()).keys()
+            if nested - set(cls.config_class.sub_configs):
+                raise ValueError(
+                    f"its config.json is one of a model of several parts ({', '.join(sorted(nested))}), which a "
+                    f"{cls.model_type} has not; give it the model_type that it was published with"
+                )
             model = read_model(cls.model_class, path, dtype)
             tokenizer = read_tokenizer(path)
             if not tokenizer.chat_template:

@@ -72,8 +72,7 @@ class Vila(Text):
         tokenizer.add_tokens(new, special_tokens=True)
         super().__init__(model, tokenizer, files)
         self.config: VilaConfig = read_vila_config(json.loads(files[CONFIG]))
-        shown = json.loads(files[PROCESSOR])
-        mean, std = (tuple(shown.get(f"image_{name}") or HALF) for name in ("mean", "std"))
+        mean, std = _colours(json.loads(files[PROCESSOR]), model.vision_tower.config.image_size)
         self.vision = VilaVision(model.vision_tower, model.mm_projector, self.config, mean, std)
 
     def set_attention(self, model: Any) -> None:
@@ -281,6 +280,25 @@ def _read_part(folder: Path) -> dict[str, Any]:
         found = f"its {folder.name} is of model_type {content.get('model_type')!r}"
         raise ValueError(f"{found}, expected {_TYPES[folder.name]!r}")
     return content
+
+
+def _colours(shown: dict[str, Any], side: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and deviation that pictures of so many rows get, from the content of a processor's file.
+
+    Raises:
+        ValueError: it is of another tower.
+    """
+    size = shown.get("size")
+    if size is not None and set(size.values() if isinstance(size, dict) else [size]) != {side}:
+        raise ValueError(
+            f"size of {PROCESSOR} is {json.dumps(size)}, but its vision_tower takes {side} x {side} pixels; copy both "
+            "again"
+        )
+    mean, std = (shown.get(f"image_{name}") or HALF for name in ("mean", "std"))
+    for values in (mean, std):
+        if not isinstance(values, list | tuple) or len(values) != 3:
+            raise ValueError(f"image_mean or image_std of {PROCESSOR} is {values!r:.80}; expected three numbers")
+    return tuple(mean), tuple(std)
 
 
 def _tell_rope(config: Path) -> None:
