@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import wave
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from longrl.data.synthetic.render import render
 from longrl.data.synthetic.world import make_story
 from longrl.models import load_family, omni_audio
 from longrl.models.omni import Omni
+from longrl.models.omni_audio import RATE
 from longrl.models.qwen_vision import Resize
 from longrl.models.streams import make_streams
 from longrl.policy import Policy
@@ -170,6 +172,29 @@ def test_features(video):
     pieces = [family.audio.log_mel(sound, i, min(i + 130, count)) for i in range(0, count, 130)]
     ours = omni_audio.scaled(torch.cat(pieces, 1), ceiling)
     assert (ours - theirs[:, :count]).abs().max() < 1e-5
+
+
+def test_sound_of_more_than_five_minutes(tmp_path):
+    """Where Qwen's extractor would cut it off, features are those of an extractor of longer sound, and tokens go on."""
+    path, seconds = tmp_path / "long.wav", 305
+    noise = np.random.default_rng(0).integers(-9000, 9000, RATE * seconds).astype(np.int16)
+    noise[: 300 * RATE] //= 4  # the loudest comes last, and sets the scale of all
+    with wave.open(str(path), "wb") as file:
+        file.setnchannels(1)
+        file.setsampwidth(2)
+        file.setframerate(RATE)
+        file.writeframes(noise.tobytes())
+    family, samples = Omni.tiny(0, torch.float32), read_audio(str(path))
+    theirs = WhisperFeatureExtractor(feature_size=128, chunk_length=320)(
+        samples, sampling_rate=RATE, return_tensors="pt"
+    )["input_features"][0]
+    sound, ceiling = family.audio._read(Audio(str(path)))
+    last = omni_audio.scaled(family.audio.log_mel(sound, 29900, 30500), ceiling)
+    assert (last - theirs[:, 29900:30500]).abs().max() < 1e-5
+    whole = torch.cat([chunk.embeds for chunk in family.encode(Audio(str(path)))])
+    assert len(whole) == family.measure(Audio(str(path))).num_tokens == 25 * seconds
+    tail = torch.cat([chunk.embeds for chunk in family.encode(Audio(str(path)), range(2, 3))])
+    assert torch.equal(tail, whole[2 * 64 * 50 :])
 
 
 def test_chunks_have_the_same_bits_whoever_makes_them(monkeypatch, video):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 from pathlib import Path
 
@@ -115,6 +116,8 @@ def test_the_span_and_sampling_decide_what_is_seen(generate):
         (["--fps", 1, "--num-frames", 3], {}, "exactly one of fps (got 1.0) and num_frames (got 3)"),
         (["--num-frames", 9000], {}, "num_frames must be 1 to 8192"),
         (["--fps", 1], {"video": None}, "give --video too"),
+        (["--max-pixels", 0], {}, "clip.mp4: max_pixels must be a whole number, 1 or more, got 0"),
+        (["--max-pixels", 1000], {"video": None}, "give --video or --image too"),
         (["--start", 1], {"video": None}, "give --video or --audio too"),
         (["--image", "gone.png"], {}, "gone.png: cannot read the image: No such file"),
         (["--image", __file__], {}, "not an image that can be read"),
@@ -171,6 +174,26 @@ def test_images_and_videos_together(generate, picture):
     image = tokens("--image", picture, video=None) - tokens(video=None)
     assert image == 4 * 3 + 2
     assert tokens("--image", picture, "--image", picture) == tokens() + 2 * image
+
+
+def test_pictures_are_shown_no_larger_than_asked(generate, picture, world, tmp_path):
+    """As with max_pixels in rows and in Python. The twin shows frames of videos as small as may be anyway, this one in
+    2 x 3 tokens a pair."""
+    larger = tmp_path / "larger"
+    shutil.copytree(world[1], larger)
+    about = larger / "video_preprocessor_config.json"
+    size = {"shortest_edge": 784, "longest_edge": 100 * 784}
+    about.write_text(json.dumps(json.loads(about.read_text()) | {"size": size}))
+
+    def tokens(*options: object, **changes: object) -> int:
+        said = generate("--json", "--max-new-tokens", 1, *options, **({"model": larger} | changes))
+        return json.loads(said[1])["prompt_tokens"]
+
+    text = tokens(video=None)
+    assert tokens() == text + 2 + 5 * 6
+    assert tokens("--max-pixels", 784) == text + 2 + 5
+    assert tokens("--image", picture, video=None) == text + 2 + 4 * 3
+    assert tokens("--image", picture, "--max-pixels", 4 * 784, video=None) == text + 2 + 2
 
 
 def test_text_models_take_text_alone(generate, picture):

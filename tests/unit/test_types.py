@@ -16,7 +16,7 @@ VIDEO, SOUND = Video("v.mp4", start_s=1.0, end_s=9.0), Audio("v.mp4", start_s=1.
 @pytest.mark.parametrize("name", ["num_frames", "max_pixels"])
 @pytest.mark.parametrize("value", [0, -5, 1.5, 8.0, float("nan"), True, "8"])
 def test_counts_are_whole_numbers(name, value):
-    sampling = {"num_frames": 8} | {name: value}
+    sampling: dict[str, Any] = {"num_frames": 8} | {name: value}
     with pytest.raises(ValueError, match=rf"^clip v\.mp4: {name} must be a (whole )?number.*, got [^\n]+$"):
         Clip(path="v.mp4", **sampling)
 

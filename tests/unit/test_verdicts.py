@@ -63,7 +63,7 @@ def test_a_verdict_on_every_row(check):
         assert one["where"].startswith(f"{path}:{number}")
         assert one["message"] is None or one["message"].startswith(f"{path}:{number}")
     assert done.returncode == 2
-    assert done.stderr == f"longrl: error: {path}: 10 of 13 rows cannot be used\n"
+    assert done.stderr == f"longrl: error: {path}: 12 of 15 rows cannot be used\n"
 
 
 def test_good_rows_and_what_is_printed(check):

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
+HALF = (0.5, 0.5, 0.5)
+"""Mean and deviation of Qwen3-VL and SigLIP; above, those of CLIP."""
 MAX_ASPECT = 200
 DEFAULT_LIMITS = (128 * 28 * 28, 768 * 28 * 28)
 """Least and most pixels of a frame where a checkpoint does not say; transformers' own for video."""

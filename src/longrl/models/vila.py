@@ -24,6 +24,7 @@ from transformers import (
 )
 
 from longrl.models.folder import explained, quiet, read_model, read_texts, read_tokenizer
+from longrl.models.qwen_processor import HALF
 from longrl.models.text import Ranges, Text, tiny_text
 from longrl.models.tiny import make_tokenizer
 from longrl.models.trunk import ATTENTION
@@ -33,7 +34,6 @@ from longrl.models.vila_vision import VilaVision
 from longrl.types import Clip, Example, Frames, MediaEmbeds, MediaSize
 
 CONFIG, PROCESSOR = "config.json", "vision_tower/preprocessor_config.json"
-HALF = (0.5, 0.5, 0.5)
 _TYPES = {"llm": "qwen2", "vision_tower": "siglip_vision_model", "mm_projector": "v2l_projector"}
 _TOWER_PREFIX = "vision_model."
 """In front of a tower's names in every file; newer transformers has it no more in the module."""
