@@ -72,7 +72,7 @@ class Clip:
         if self.fps is not None and not 0 < self.fps < float("inf"):
             raise ValueError(f"clip {self.path}: fps must be positive and finite, got {self.fps}")
         for name in ("num_frames", "max_pixels"):
-            if (value := getattr(self, name)) is not None and not (isinstance(value, Integral) and value >= 1):
+            if (value := getattr(self, name)) is not None and not (isinstance(value, Integral) and int(value) >= 1):
                 raise ValueError(f"clip {self.path}: {name} must be a whole number, 1 or more, got {value}")
         if not 0 <= self.start_s < float("inf"):
             raise ValueError(f"clip {self.path}: start_s must be 0 or more, got {self.start_s}")

@@ -72,7 +72,8 @@ class Vila(Text):
         tokenizer.add_tokens(new, special_tokens=True)
         super().__init__(model, tokenizer, files)
         self.config: VilaConfig = read_vila_config(json.loads(files[CONFIG]))
-        mean, std = _colours(json.loads(files[PROCESSOR]), model.vision_tower.config.image_size)
+        seen: Any = model.vision_tower.config
+        mean, std = _colours(json.loads(files[PROCESSOR]), seen.image_size)
         self.vision = VilaVision(model.vision_tower, model.mm_projector, self.config, mean, std)
 
     def set_attention(self, model: Any) -> None:

@@ -170,7 +170,7 @@ def _output_scale(content: dict[str, Any], scales: tuple[int, ...]) -> int:
 def _scales(content: dict[str, Any]) -> tuple[int, ...]:
     said = content.get("s2_scales")
     try:
-        scales = tuple(sorted(int(part) for part in (said.split(",") if isinstance(said, str) else said)))
+        scales = tuple(sorted(int(part) for part in (said.split(",") if isinstance(said, str) else said or ())))
     except (TypeError, ValueError):
         scales = ()
     if not scales or scales[0] < 1 or any(scale % scales[0] for scale in scales):
