@@ -229,6 +229,20 @@ def test_thinking_changes_the_prompt_and_nothing_else(generate):
     assert json.loads(generate("--json", "--max-new-tokens", 1, "--no-think")[1]) == plain
 
 
+def test_the_thinking_prompt_is_the_original(world, tmp_path):
+    """Word for word as on LongVILA-R1's model card, slips included: its model was trained with it."""
+    model = longrl_package.load(world[1], cache_dir=str(tmp_path))
+    prompt = model._prompt([longrl_package.Video(world[0], num_frames=2), "Who won?"], think=True)
+    assert model.policy.family.tokenizer.decode(prompt.token_ids) == (
+        "<|im_start|>user\n<|vision_start|><|video_pad|><|vision_end|>"
+        "You are a helpful assistant. The user asks a question, and then you solves it.\n\n"
+        "Please first think deeply about the question based on the given video, and then provide the final answer. "
+        "The reasoning process and answer are enclosed within <think> </think> and <answer> </answer> tags, "
+        "respectively, i.e., <think> reasoning process here </think> <answer> answer here </answer>.\n\n"
+        " Question: Who won?<|im_end|>\n<|im_start|>assistant\n"
+    )
+
+
 # ---- scores, and what a second question costs
 
 
