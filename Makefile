@@ -38,7 +38,7 @@ test: .venv/dev.stamp
 test-oldest: .venv/oldest.stamp
 	PYTHONPATH=.venv/oldest $(BIN)/python -m pytest -q tests/families/test_media.py tests/families/test_engine.py \
 	  tests/families/test_training.py tests/parity/test_omni.py tests/parity/test_qwen3_vl.py tests/parity/test_positions.py \
-	  tests/parity/test_patches.py
+	  tests/parity/test_patches.py tests/parity/test_vila.py tests/unit/test_vila.py
 
 # All of what `make test` does a sample of (tests/__init__.py): runs on every layout, presets, plans in bf16; 15 minutes.
 test-long: .venv/dev.stamp

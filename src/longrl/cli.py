@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from longrl.cli_files import AsJson, Config, End, Fps, NumFrames, Start, cache_app, data_app, video_app
+from longrl.cli_files import AsJson, Config, End, Fps, MaxPixels, NumFrames, Start, cache_app, data_app, video_app
 from longrl.config_files import load_arguments
 from longrl.errors import run_guarded
 from longrl.runtime import set_up_logging
@@ -199,6 +199,7 @@ def generate(
     audio: Sounds = None,
     fps: Fps = None,
     num_frames: NumFrames = None,
+    max_pixels: MaxPixels = None,
     start: Start = None,
     end: End = None,
     with_audio: WithAudio = False,
@@ -220,7 +221,7 @@ def generate(
     from longrl.generate import clips_of, generate_command
 
     sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p}
-    clips = clips_of(video or [], image or [], audio or [], fps, num_frames, start, end, with_audio)
+    clips = clips_of(video or [], image or [], audio or [], fps, num_frames, max_pixels, start, end, with_audio)
     about = {"dtype": dtype, "cache_dir": cache}
     generate_command(model, clips, prompt, n, think, sampling, seed, stream, as_json, about)
 
@@ -235,6 +236,7 @@ def score(
     audio: Sounds = None,
     fps: Fps = None,
     num_frames: NumFrames = None,
+    max_pixels: MaxPixels = None,
     start: Start = None,
     end: End = None,
     with_audio: WithAudio = False,
@@ -246,7 +248,7 @@ def score(
     """Log-prob of each token of a given response."""
     from longrl.generate import clips_of, score_command
 
-    clips = clips_of(video or [], image or [], audio or [], fps, num_frames, start, end, with_audio)
+    clips = clips_of(video or [], image or [], audio or [], fps, num_frames, max_pixels, start, end, with_audio)
     score_command(model, clips, prompt, response, think, as_json, {"dtype": dtype, "cache_dir": cache})
 
 

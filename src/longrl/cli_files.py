@@ -19,6 +19,7 @@ Config = Annotated[
 ]
 Fps = Annotated[float | None, typer.Option(help="Frames to sample a second.")]
 NumFrames = Annotated[int | None, typer.Option(help="Frames to sample, evenly over the span.")]
+MaxPixels = Annotated[int | None, typer.Option(help="Shrink frames and images to at most this height x width.")]
 Start = Annotated[str | None, typer.Option(help="Where the span starts: seconds, mm:ss or hh:mm:ss.")]
 End = Annotated[str | None, typer.Option(help="Where the span ends; the end of the file if not given.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
@@ -97,7 +98,7 @@ def video_frames(
     start: Start = None,
     end: End = None,
     as_json: AsJson = False,
-    max_pixels: Annotated[int | None, typer.Option(help="Shrink frames to at most this height x width.")] = None,
+    max_pixels: MaxPixels = None,
 ) -> None:
     """Write the frames that sampling picks, with their true times."""
     from longrl.video.commands import frames_command

@@ -70,6 +70,7 @@ def clips_of(
     sounds: Sequence[str],
     fps: float | None,
     num_frames: int | None,
+    max_pixels: int | None,
     start: str | None,
     end: str | None,
     with_audio: bool,
@@ -77,6 +78,7 @@ def clips_of(
     """The media of a command, in the order video, image, sound.
 
     Args:
+        max_pixels: of a video's frame, and of an image.
         with_audio: each video with its own sound.
 
     Raises:
@@ -84,21 +86,25 @@ def clips_of(
     """
     if not videos and (fps, num_frames) != (None, None):
         raise ValueError("--fps and --num-frames say how to look at a video; give --video too")
+    if not videos and not images and max_pixels is not None:
+        raise ValueError("--max-pixels says how large pictures are shown; give --video or --image too")
     if not videos and with_audio:
         raise ValueError("--with-audio means a video's own sound; give --video too, or --audio for sound by itself")
     if not videos and not sounds and (start, end) != (None, None):
         raise ValueError("--start and --end name a span; give --video or --audio too")
-    start_s = 0.0 if start is None else parse_time(start, "--start")
-    end_s = None if end is None else parse_time(end, "--end")
+    span: dict[str, Any] = {
+        "start_s": 0.0 if start is None else parse_time(start, "--start"),
+        "end_s": None if end is None else parse_time(end, "--end"),
+    }
     seen: list[Clip] = []
     for path in videos:
-        seen.append(Video(path, fps=fps, num_frames=num_frames, start_s=start_s, end_s=end_s))
+        seen.append(Video(path, fps=fps, num_frames=num_frames, max_pixels=max_pixels, **span))
         if with_audio:
-            seen.append(Audio(path, start_s=start_s, end_s=end_s, with_video=True))
+            seen.append(Audio(path, **span, with_video=True))
     return [
         *seen,
-        *(Image(path) for path in images),
-        *(Audio(path, start_s=start_s, end_s=end_s) for path in sounds),
+        *(Image(path, max_pixels=max_pixels) for path in images),
+        *(Audio(path, **span) for path in sounds),
     ]
 
 

@@ -1,7 +1,8 @@
 """A model to ask: `generate_content` and `score`.
 
-Media are decoded and encoded once (the cache). The keys and values of the last media asked about stay, so that a
-further question about them reads only its own words.
+Media are decoded and encoded once (the cache). The keys and values of all up to the end of the last media stay, so that
+a further question with the same beginning reads only its own words: put the video first, the question after it. What
+comes after other words has other keys and values, as every token attends to all before it.
 """
 
 from __future__ import annotations
@@ -107,6 +108,8 @@ class Model:
         with torch.no_grad():
             engine = NativeEngine(self.policy, config, on_tokens=pieces)
             (rollouts,) = engine.continue_prefix(self._prefix(prompt), [prompt], [seed])
+        if pieces is not None:
+            pieces.finish()
         return [
             Reply(
                 text=one.text,
@@ -174,10 +177,21 @@ class _Pieces:
     def __call__(self, stream: int, token: int) -> None:
         if token in self.family.stop_ids:
             return
-        ids = self._ids.setdefault(stream, [])
-        ids.append(token)
-        text = str(self.family.tokenizer.decode(ids, skip_special_tokens=False))
+        self._ids.setdefault(stream, []).append(token)
+        text = self._text(stream)
+        if not text.endswith("\ufffd"):
+            self._say(stream, text)
+
+    def finish(self) -> None:
+        """What was held back, as nothing completes it any more."""
+        for stream in self._ids:
+            self._say(stream, self._text(stream))
+
+    def _text(self, stream: int) -> str:
+        return str(self.family.tokenizer.decode(self._ids[stream], skip_special_tokens=False))
+
+    def _say(self, stream: int, text: str) -> None:
         said = self._said.get(stream, "")
-        if not text.endswith("\ufffd") and text.startswith(said):
+        if text != said and text.startswith(said):
             self._said[stream] = text
             self.on_text(stream, text[len(said) :])

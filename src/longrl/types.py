@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from numbers import Real
+from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ class Clip:
 
     def __post_init__(self) -> None:
         for name in ("start_s", "end_s", "fps", "num_frames", "max_pixels"):
-            if not isinstance(value := getattr(self, name), Real | None):
+            if not isinstance(value := getattr(self, name), Real | None) or isinstance(value, bool):
                 of = " of seconds" if name.endswith("_s") else ""
                 raise ValueError(f"clip {self.path}: {name} must be a number{of}, got {value!r:.80}")
         if self.kind == "video" and (self.fps is None) == (self.num_frames is None):
@@ -71,8 +71,9 @@ class Clip:
             raise ValueError(f"clip {self.path}: sound has no pixels; leave max_pixels out")
         if self.fps is not None and not 0 < self.fps < float("inf"):
             raise ValueError(f"clip {self.path}: fps must be positive and finite, got {self.fps}")
-        if self.num_frames is not None and self.num_frames < 1:
-            raise ValueError(f"clip {self.path}: num_frames must be at least 1, got {self.num_frames}")
+        for name in ("num_frames", "max_pixels"):
+            if (value := getattr(self, name)) is not None and not (isinstance(value, Integral) and int(value) >= 1):
+                raise ValueError(f"clip {self.path}: {name} must be a whole number, 1 or more, got {value}")
         if not 0 <= self.start_s < float("inf"):
             raise ValueError(f"clip {self.path}: start_s must be 0 or more, got {self.start_s}")
         if self.end_s is not None and not self.start_s < self.end_s < float("inf"):
@@ -154,6 +155,24 @@ class Message:
 
     role: str
     content: tuple[str | Clip, ...]
+
+    def __post_init__(self) -> None:
+        before: str | Clip | None = None
+        for part in self.content:
+            if isinstance(part, Clip) and part.with_video and not _is_sound_of(part, before):
+                found = "nothing" if before is None else f"{before!r:.60}"
+                if isinstance(before, Clip):
+                    found = f"the {before.kind} {before.path} ({before.start_s} to {before.end_s} s)"
+                raise ValueError(
+                    f"sound {part.path} ({part.start_s} to {part.end_s} s) is marked with_video, but what is before it "
+                    f"is {found}, expected the video of that file and span; put it there, or leave with_video out"
+                )
+            before = part
+
+
+def _is_sound_of(sound: Clip, video: str | Clip | None) -> bool:
+    span = (sound.path, sound.start_s, sound.end_s)
+    return isinstance(video, Clip) and video.kind == "video" and (video.path, video.start_s, video.end_s) == span
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -45,3 +45,8 @@ def late_for_some(example: Example, rollout: Rollout) -> float | Future[float]:
 
 def constant(example: Example, rollout: Rollout) -> float:
     return 1.0
+
+
+def parity_of_answer(example: Example, rollout: Rollout) -> float:
+    """One token can say whether the answer is even: half of all do, whatever is asked."""
+    return float(rollout.token_ids[0] % 2 == int(example.answer or "") % 2)

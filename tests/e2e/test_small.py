@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from longrl.config import RlConfig, SftConfig
 from longrl.config_files import load_config
@@ -15,6 +17,7 @@ from longrl.train_sft import train_sft
 from tests import in_process
 
 EVEN = {"tests.e2e.rewards:first_token_even": 1.0, "answer": 0.0}
+PARITY = {"tests.e2e.rewards:parity_of_answer": 1.0}
 MODELS = {"arithmetic": "tiny:qwen2", "counting": "tiny:qwen2_5_vl"}
 
 
@@ -47,6 +50,29 @@ def test_rl_raises_the_reward(task, tmp_path):
     assert sum(line["reward/mean"] for line in lines[-3:]) / 3 > 0.9
     assert max(line["sampling/logprob_diff"] for line in lines if line["groups/informative"]) < 1e-5
     assert lines[-1]["eval/accuracy"] == 0.0  # one token is no answer: every question was asked and scored
+
+
+def test_rl_learns_to_look(tmp_path):
+    """Two pictures, one question, an even and an odd answer: who looks can always be right, who does not (the control,
+    the same run on black pictures) half of the time."""
+    files = make_small("counting", tmp_path / "set", train=16, test=4)
+    rows = [json.loads(line) for line in files["train_rl"].read_text().splitlines()]
+    even, odd = ([row for row in rows if int(row["answer"]) % 2 == rest] for rest in (0, 1))
+    pair = next((a, b) for a in even for b in odd if a["question"] == b["question"])
+    files["train_rl"].write_text("".join(json.dumps(row) + "\n" for row in pair))
+
+    def reward(name: str) -> float:
+        asked = common(("counting", files), "train_rl", tmp_path / name) | {"prompts_per_step": 2, "steps": 24}
+        learning = {"rewards": PARITY, "scoring": in_process(PARITY), "optim": {"lr": 3e-3}}
+        learning |= {"rollout": {"group_size": 16, "max_new_tokens": 1}}
+        train_rl(RlConfig.model_validate(asked | learning))
+        lines = read_metrics(tmp_path / name / "run" / "metrics.jsonl")
+        return sum(line["reward/mean"] for line in lines[-3:]) / 3
+
+    assert reward("seen") > 0.9
+    for row in pair:
+        Image.new("RGB", (84, 84)).save(tmp_path / "set" / row["image"])
+    assert reward("blank") < 0.65
 
 
 def test_sft_lowers_the_loss(task, tmp_path):

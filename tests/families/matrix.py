@@ -110,7 +110,7 @@ def stock_logprobs(family: Any, case: Case) -> Tensor:
     """[tokens], of the responses one after the other, by stock transformers from token ids, pixels and sound: its own
     towers, merging and attention.
 
-    Positions are ours: transformers 5.17 to 5.23 places text after a video wrongly in Qwen2.5-VL.
+    Positions are ours: transformers 5.17 to 5.24 places text after a video wrongly in Qwen2.5-VL.
     """
     model, inputs, found = family.model, _raw(family, case.prompts[0]), []
     model.set_attn_implementation("sdpa")

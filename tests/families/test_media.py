@@ -7,12 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from longrl.models import qwen_vision, vila_vision
 from longrl.policy import Policy
-from longrl.types import Clip, Example, Message
+from longrl.types import Clip, Example, MediaError, Message
 from longrl.verify import differences, separate, shared
 from longrl.video.cache import EmbedCache
 from longrl.video.encode import embed
 from tests.families.matrix import HEARD, SEEN, TAKES, ask, contents, is_stock, stock_logprobs, taking, twin, written
+from tests.unit.media import render
 
 LOGPROBS = 1e-5
 """fp32; seen up to 3e-6."""
@@ -106,3 +108,16 @@ def test_cached_embeddings_are_the_live_ones(name, files, tmp_path):
         examples, prompts = ask(family, contents(files)[kind])
         for example, prompt in zip(examples, prompts, strict=True):
             assert len(prompt) == family.count_tokens(example, [family.prompt_tokens(one) for one in prompt.media])
+
+
+@taking("video")
+def test_a_part_is_not_decoded_from_the_start(monkeypatch, name, tmp_path):
+    """Key frames of this file cannot be relied on. Each of many ranks would decode all of it; one does the whole."""
+    for module, chunk in ((qwen_vision, "CHUNK_GRIDS"), (vila_vision, "CHUNK_FRAMES")):
+        monkeypatch.setattr(module, chunk, 2)
+    path = render(tmp_path / "refreshed.mp4", gop=25, options={"x264-params": "intra-refresh=1"})
+    family, clip = twin(name, torch.float32), Clip(path=str(path), num_frames=30)
+    chunk = 4 // family.measure(clip).chunk_frames
+    with pytest.raises(MediaError, match="cannot be decoded"):  # the fourth frame, from its key frame on
+        list(family.encode(clip, range(chunk, chunk + 1)))
+    assert sum(len(chunk.embeds) for chunk in family.encode(clip)) == family.measure(clip).num_tokens

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import wave
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from longrl.data.synthetic.render import render
 from longrl.data.synthetic.world import make_story
 from longrl.models import load_family, omni_audio
 from longrl.models.omni import Omni
+from longrl.models.omni_audio import RATE
 from longrl.models.qwen_vision import Resize
 from longrl.models.streams import make_streams
 from longrl.policy import Policy
@@ -172,6 +174,29 @@ def test_features(video):
     assert (ours - theirs[:, :count]).abs().max() < 1e-5
 
 
+def test_sound_of_more_than_five_minutes(tmp_path):
+    """Where Qwen's extractor would cut it off, features are those of an extractor of longer sound, and tokens go on."""
+    path, seconds = tmp_path / "long.wav", 305
+    noise = np.random.default_rng(0).integers(-9000, 9000, RATE * seconds).astype(np.int16)
+    noise[: 300 * RATE] //= 4  # the loudest comes last, and sets the scale of all
+    with wave.open(str(path), "wb") as file:
+        file.setnchannels(1)
+        file.setsampwidth(2)
+        file.setframerate(RATE)
+        file.writeframes(noise.tobytes())
+    family, samples = Omni.tiny(0, torch.float32), read_audio(str(path))
+    theirs = WhisperFeatureExtractor(feature_size=128, chunk_length=320)(
+        samples, sampling_rate=RATE, return_tensors="pt"
+    )["input_features"][0]
+    sound, ceiling = family.audio._read(Audio(str(path)))
+    last = omni_audio.scaled(family.audio.log_mel(sound, 29900, 30500), ceiling)
+    assert (last - theirs[:, 29900:30500]).abs().max() < 1e-5
+    whole = torch.cat([chunk.embeds for chunk in family.encode(Audio(str(path)))])
+    assert len(whole) == family.measure(Audio(str(path))).num_tokens == 25 * seconds
+    tail = torch.cat([chunk.embeds for chunk in family.encode(Audio(str(path)), range(2, 3))])
+    assert torch.equal(tail, whole[2 * 64 * 50 :])
+
+
 def test_chunks_have_the_same_bits_whoever_makes_them(monkeypatch, video):
     monkeypatch.setattr(omni_audio, "CHUNK_WINDOWS", 2)
     family, clip = Omni.tiny(0, torch.float32), Audio(str(video), start_s=0.5)
@@ -226,3 +251,29 @@ def test_encoder_id_tells_ears_and_eyes_apart():
         assert family.encoder_id not in seen
         seen.add(family.encoder_id)
     assert family.encoder_id in seen
+
+
+def test_what_ends_a_response_is_found_where_the_checkpoint_says_it(tmp_path):
+    """In generation_config.json, in config.json, at the tokenizer; in none of them is an error that names them."""
+    family = Omni.tiny(0, torch.float32)
+    end = family.token_id("<|im_end|>")
+    family.save(tmp_path)
+    files = {name: tmp_path / name for name in ("generation_config.json", "config.json", "tokenizer_config.json")}
+    about = {name: json.loads(path.read_text()) for name, path in files.items()}
+    about["generation_config.json"]["eos_token_id"] = [end, 5]
+    about["config.json"]["eos_token_id"] = 7
+    about["config.json"]["text_config"].pop("eos_token_id", None)
+
+    def stop_ids() -> frozenset[int]:
+        for name, path in files.items():
+            path.write_text(json.dumps(about[name]))
+        return load_family(ModelConfig(path=str(tmp_path))).stop_ids
+
+    assert stop_ids() == {end, 5}
+    del about["generation_config.json"]["eos_token_id"]
+    assert stop_ids() == {7}
+    del about["config.json"]["eos_token_id"]
+    assert stop_ids() == {end}
+    del about["tokenizer_config.json"]["eos_token"]
+    with pytest.raises(ValueError, match=r"no eos_token_id in generation_config\.json, config"):
+        stop_ids()

@@ -122,7 +122,7 @@ def test_transformers_agrees_on_a_short_video(family, item):
 @pytest.mark.parametrize("item", [video(1800, 1, 1, 2.0), video(30, 2, 3, 2.0)], ids="{0.grid_thw}".format)
 def test_transformers_collides_after_a_long_video(family, item):
     """Up to the end of the video all is equal; then it gives text the positions of the video's first seconds. When this
-    fails, transformers has been mended (seen in 5.17 to 5.23) and `positions` can say so."""
+    fails, transformers has been mended (seen in 5.17 to 5.24) and `positions` can say so."""
     before, after, tokens = 4, 5, len(item.embeds)
     ours, other = positions(family, before, item, after), theirs(family, before, item, after)
     assert [axis[:-after] for axis in ours] == [axis[:-after] for axis in other]

@@ -39,13 +39,16 @@ CASES: dict[str, dict[str, Any]] = {
         "s2_resize_output_to_scale_idx": -1,
     },
     "pooled": {"kind": "mlp_downsample_2x2_fix", "video_encoder": json.dumps(TSP)},
+    "media beyond the rows": {"kind": "mlp_downsample", "rows": 512},
 }
+"""rows: embeddings that the body has; the tokenizer has three tokens more, of media, as NVlabs' published ones."""
 
 
 def make(case: dict[str, Any], dtype: torch.dtype) -> Vila:
     tokenizer = tiny_tokenizer()
     content = tiny_content(tokenizer) | case
     content["mm_projector_cfg"] = {"mm_projector_type": content.pop("kind")}
+    content["llm_cfg"] |= {"vocab_size": content.pop("rows", len(tokenizer))}
     content["vision_tower_cfg"] |= {"image_size": SIDE, "hidden_size": 24, "intermediate_size": 48}
     return Vila.make(content, tokenizer, 0, dtype)
 

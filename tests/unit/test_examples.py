@@ -143,7 +143,7 @@ def test_text_is_kept_as_it_is(folder):
         ({"fps": True}, "fps is True"),
         ({"fps": 0}, "fps must be positive"),
         ({"fps": 1, "num_frames": 8}, "exactly one of fps"),
-        ({"num_frames": 0}, "num_frames must be at least 1"),
+        ({"num_frames": 0}, "num_frames must be a whole number, 1 or more, got 0"),
         ({"num_frames": 1.5}, "num_frames is 1.5, expected a whole number"),
     ],
 )

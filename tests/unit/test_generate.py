@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 from pathlib import Path
 
@@ -115,6 +116,8 @@ def test_the_span_and_sampling_decide_what_is_seen(generate):
         (["--fps", 1, "--num-frames", 3], {}, "exactly one of fps (got 1.0) and num_frames (got 3)"),
         (["--num-frames", 9000], {}, "num_frames must be 1 to 8192"),
         (["--fps", 1], {"video": None}, "give --video too"),
+        (["--max-pixels", 0], {}, "clip.mp4: max_pixels must be a whole number, 1 or more, got 0"),
+        (["--max-pixels", 1000], {"video": None}, "give --video or --image too"),
         (["--start", 1], {"video": None}, "give --video or --audio too"),
         (["--image", "gone.png"], {}, "gone.png: cannot read the image: No such file"),
         (["--image", __file__], {}, "not an image that can be read"),
@@ -173,6 +176,26 @@ def test_images_and_videos_together(generate, picture):
     assert tokens("--image", picture, "--image", picture) == tokens() + 2 * image
 
 
+def test_pictures_are_shown_no_larger_than_asked(generate, picture, world, tmp_path):
+    """As with max_pixels in rows and in Python. The twin shows frames of videos as small as may be anyway, this one in
+    2 x 3 tokens a pair."""
+    larger = tmp_path / "larger"
+    shutil.copytree(world[1], larger)
+    about = larger / "video_preprocessor_config.json"
+    size = {"shortest_edge": 784, "longest_edge": 100 * 784}
+    about.write_text(json.dumps(json.loads(about.read_text()) | {"size": size}))
+
+    def tokens(*options: object, **changes: object) -> int:
+        said = generate("--json", "--max-new-tokens", 1, *options, **({"model": larger} | changes))
+        return json.loads(said[1])["prompt_tokens"]
+
+    text = tokens(video=None)
+    assert tokens() == text + 2 + 5 * 6
+    assert tokens("--max-pixels", 784) == text + 2 + 5
+    assert tokens("--image", picture, video=None) == text + 2 + 4 * 3
+    assert tokens("--image", picture, "--max-pixels", 4 * 784, video=None) == text + 2 + 2
+
+
 def test_text_models_take_text_alone(generate, picture):
     assert generate("--max-new-tokens", 4, video=None, model="tiny:qwen3")[0] == 0
     status, _, err = generate("--image", picture, video=None, model="tiny:qwen3")
@@ -185,10 +208,39 @@ def test_a_stream_shows_the_same_text(generate):
     assert generate("--max-new-tokens", 24, "--stream") == whole
 
 
+def test_a_stream_is_whole_to_its_end():
+    """Random bytes: many responses end in the middle of a character, which nothing completes."""
+    model, cut = longrl_package.load("tiny:qwen2"), 0
+    for seed in range(30):
+        said: dict[int, str] = {}
+
+        def hear(number: int, piece: str, said: dict[int, str] = said) -> None:
+            said[number] = said.get(number, "") + piece
+
+        replies = model.generate_contents("what?", n=3, seed=seed, max_new_tokens=6, on_text=hear)
+        assert [said.get(number, "") for number in range(3)] == [reply.text for reply in replies]
+        cut += sum(reply.text.endswith("\ufffd") for reply in replies)
+    assert cut > 5
+
+
 def test_thinking_changes_the_prompt_and_nothing_else(generate):
     plain, think = (json.loads(generate("--json", "--max-new-tokens", 1, *o)[1]) for o in ([], ["--think"]))
     assert think["prompt_tokens"] > plain["prompt_tokens"] + 20
     assert json.loads(generate("--json", "--max-new-tokens", 1, "--no-think")[1]) == plain
+
+
+def test_the_thinking_prompt_is_the_original(world, tmp_path):
+    """Word for word as on LongVILA-R1's model card, slips included: its model was trained with it."""
+    model = longrl_package.load(world[1], cache_dir=str(tmp_path))
+    prompt = model._prompt([longrl_package.Video(world[0], num_frames=2), "Who won?"], think=True)
+    assert model.policy.family.tokenizer.decode(prompt.token_ids) == (
+        "<|im_start|>user\n<|vision_start|><|video_pad|><|vision_end|>"
+        "You are a helpful assistant. The user asks a question, and then you solves it.\n\n"
+        "Please first think deeply about the question based on the given video, and then provide the final answer. "
+        "The reasoning process and answer are enclosed within <think> </think> and <answer> </answer> tags, "
+        "respectively, i.e., <think> reasoning process here </think> <answer> answer here </answer>.\n\n"
+        " Question: Who won?<|im_end|>\n<|im_start|>assistant\n"
+    )
 
 
 # ---- scores, and what a second question costs
@@ -234,3 +286,18 @@ def test_a_second_question_pays_for_its_own_words(world, tmp_path, monkeypatch):
     assert fresh.prefilled == before
     model.generate_content("hello", max_new_tokens=1)
     assert model.prefilled > before
+
+
+def test_words_before_the_video_are_shared_where_they_are_the_same(world, tmp_path):
+    """And only there: what comes after other words has other keys and values."""
+    model = longrl_package.load(str(world[1]), cache_dir=str(tmp_path))
+    clip = longrl_package.Video(str(world[0]))
+
+    def prefilled(*parts: str | longrl_package.Clip) -> int:
+        before = model.prefilled
+        model.generate_content(parts, max_new_tokens=1)
+        return model.prefilled - before
+
+    assert prefilled("look:", clip, "what?") > 5
+    assert prefilled("look:", clip, "who was there?") == 0
+    assert prefilled("look again:", clip, "who was there?") > 5

@@ -192,6 +192,13 @@ def test_not_a_model(folder, text, capfd):
     assert "config.json" in refusal(folder, capfd) or "no family for model_type 'unheard_of'" in refusal(folder, capfd)
 
 
+@pytest.mark.parametrize("model_type", ["qwen2", "qwen3"])
+def test_a_model_of_several_parts_is_no_text_model(folder, capfd, model_type):
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"model_type": model_type}))
+    assert "is one of a model of several parts (text_config, vision_config)" in refusal(folder, capfd)
+
+
 def test_sliding_window(folder, capfd):
     config = json.loads((folder / "config.json").read_text())
     config["text_config"]["use_sliding_window"] = True

@@ -50,18 +50,20 @@ def test_a_verdict_on_every_row(check):
         "bad_row": {**VIDEO, "id": "long", "fps": 10_000},
         "bad_row ": '{"id": ',
         "bad_row  ": VIDEO,
+        "bad_row   ": {**VIDEO, "id": "none", "video": {"path": "a.mp4", "max_pixels": 0}},
+        "bad_row    ": {**VIDEO, "id": "half", "num_frames": 8.5},
     }
     path, done = check(*rows.values(), options=("--json",))
     report = json.loads(done.stdout)
     assert [one["verdict"] for one in report["verdicts"]] == [name.strip() for name in rows]
     assert [one["id"] for one in report["verdicts"]][3:11] == [row["id"] for row in list(rows.values())[3:11]]
-    assert (report["rows"], report["failed"], report["counts"]["ok"]) == (13, 10, 3)
+    assert (report["rows"], report["failed"], report["counts"]["ok"]) == (15, 12, 3)
     for number, one in enumerate(report["verdicts"], start=1):
         assert (one["message"] is None) == (one["verdict"] == "ok")
         assert one["where"].startswith(f"{path}:{number}")
         assert one["message"] is None or one["message"].startswith(f"{path}:{number}")
     assert done.returncode == 2
-    assert done.stderr == f"longrl: error: {path}: 10 of 13 rows cannot be used\n"
+    assert done.stderr == f"longrl: error: {path}: 12 of 15 rows cannot be used\n"
 
 
 def test_good_rows_and_what_is_printed(check):

@@ -154,6 +154,11 @@ def change_config(folder: Path, part: str = "", **changes: Any) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
+def change_processor(folder: Path, **changes: Any) -> None:
+    path = folder / "vision_tower" / "preprocessor_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
 def wider_body(folder: Path) -> None:
     tokenizer = tiny_tokenizer()
     content = tiny_content(tokenizer)
@@ -190,7 +195,7 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     "tiling": (lambda f: change_config(f, image_aspect_ratio="pad"), "known: resize, dynamic, dynamic_s2"),
     "half of S2": (lambda f: change_config(f, image_aspect_ratio="dynamic_s2"), "dynamic_s2 is False"),
     "S2": (lambda f: change_config(f, s2=True), "fixed S2 scales are not supported"),
-    "scales": (lambda f: change_config(f, **(S2 | {"s2_scales": "28,50"})), "s2_scales is '28,50'"),
+    "scales": (lambda f: change_config(f, **(S2 | {"s2_scales": "28,50"})), "s2_scales of config.json is '28,50'"),
     "patch": (lambda f: change_config(f, mm_vision_select_feature="patch"), "expected cls_patch"),
     "layer": (lambda f: change_config(f, mm_vision_select_layer=-5), "its vision_tower has 3 layers"),
     "pool": (
@@ -202,6 +207,39 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
         "pools 2 x 2",
     ),
     "encoder": (lambda f: change_config(f, image_encoder={"_target_": "x.Odd"}), "known: BasicImageEncoder"),
+    "pool of nothing": (
+        lambda f: change_config(f, video_encoder=TSP.replace("[4, 1, 1]", "[0, 1, 1]")),
+        "video_encoder pools by [[0, 1, 1]]; expected one size",
+    ),
+    "no JSON of an encoder": (
+        lambda f: change_config(f, video_encoder="{"),
+        "video_encoder of config.json is '{'",
+    ),
+    "no tiles": (lambda f: change_config(f, max_tiles=0), "max_tiles of config.json is 0, expected a whole number, 1"),
+    "fewer tiles than the least": (lambda f: change_config(f, min_tiles=13), "min_tiles of config.json is 13, max_til"),
+    "tiles of all scales": (lambda f: change_config(f, **S2, max_tiles=3), "max_tiles of config.json is 3, but"),
+    "scales in letters": (
+        lambda f: change_config(f, **(S2 | {"s2_scales": "a,b"})),
+        "s2_scales of config.json is 'a,",
+    ),
+    "no such scale": (lambda f: change_config(f, **S2, s2_resize_output_to_scale_idx=2), "is 2, but there are 2 s2_sc"),
+    "layer in letters": (
+        lambda f: change_config(f, mm_vision_select_layer="last"),
+        "mm_vision_select_layer of config.json is 'last', expected a whole number",
+    ),
+    "a list": (
+        lambda f: (f / "mm_projector" / "config.json").write_text("[]"),
+        "its mm_projector/config.json is not a JSON object (it is a list)",
+    ),
+    "broken": (
+        lambda f: (f / "llm" / "tokenizer.json").write_text("{"),
+        "its llm/tokenizer.json is not a JSON object (Expecting property name",
+    ),
+    "processor of another tower": (
+        lambda f: change_processor(f, size={"height": 56, "width": 56}),
+        'size of vision_tower/preprocessor_config.json is {"height": 56, "width": 56}, but its vision_tower takes 28 x',
+    ),
+    "mean of one colour": (lambda f: change_processor(f, image_mean=0.5), "is 0.5; expected three numbers"),
     "template": (lambda f: change_config(f, chat_template="qwen2"), "there is no qwen2.jinja"),
 }
 

@@ -189,7 +189,13 @@ class PromptBuilder:
 
 
 def response_ids(family: Family, text: str) -> list[int]:
-    """A written response as the tokens that a model would have sampled: its text, then the end of the turn."""
+    """A written response as the tokens that a model would have sampled: its text, then the end of the turn.
+
+    Raises:
+        ValueError: the text has tokens that the model has no embeddings of.
+    """
     stop = family.tokenizer.eos_token_id
     assert stop in family.stop_ids, f"eos_token {family.tokenizer.eos_token} does not end a response"
-    return [*family.tokenizer.encode(text, add_special_tokens=False), stop]
+    ids = [*family.tokenizer.encode(text, add_special_tokens=False), stop]
+    family.require_known(ids, f"the response {text!r:.80}")
+    return ids

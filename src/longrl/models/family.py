@@ -59,6 +59,10 @@ class Family(Protocol):
         """Tokens that end a response."""
         ...
 
+    def require_known(self, token_ids: Iterable[int], whose: str) -> None:
+        """Raises ValueError where the model has no embedding of one of these tokens of a text."""
+        ...
+
     def parts(self) -> TrunkParts: ...
 
     def decoder_inputs(self, prompt: Prompt) -> dict[str, Any]:

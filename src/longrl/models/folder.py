@@ -13,10 +13,24 @@ from safetensors import SafetensorError
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
+_OBJECTS = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "processor_config.json",
+    "preprocessor_config.json",
+    "video_preprocessor_config.json",
+)
+"""Files of which transformers' and our code take for granted that they can be read."""
+
 
 @contextmanager
 def explained(path: Path) -> Iterator[None]:
     """What is wrong with a folder becomes a ValueError that names it."""
+    for file in [*path.glob("*.json"), *path.glob("*/*.json")]:
+        if file.name in _OBJECTS:
+            _require_object(path, file)
     try:
         with quiet():
             yield
@@ -28,6 +42,16 @@ def explained(path: Path) -> Iterator[None]:
         if error.errno is not None:
             raise
         raise ValueError(f"model.path {path}: {error}") from error
+
+
+def _require_object(folder: Path, file: Path) -> None:
+    try:
+        content = json.loads(file.read_text())
+        if not isinstance(content, dict):
+            raise ValueError(f"it is a {type(content).__name__}")
+    except ValueError as error:
+        name = file.relative_to(folder)
+        raise ValueError(f"model.path {folder}: its {name} is not a JSON object ({error}); copy it again") from error
 
 
 def read_model(model_class: Any, path: Path, dtype: torch.dtype, **kwargs: Any) -> Any:

@@ -13,13 +13,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
-from longrl.models.qwen_processor import make_processor_files
+from longrl.models.qwen_processor import HALF, make_processor_files
 from longrl.models.qwen_vision import QwenVision
 from longrl.models.qwen_vl import Qwen25VL, media_tokens
 from longrl.models.text import Ranges, tiny_text
 from longrl.types import Clip, Example, MediaEmbeds, MediaSize, Prompt
-
-HALF = (0.5, 0.5, 0.5)
 
 
 class Qwen3VL(Qwen25VL):

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
+HALF = (0.5, 0.5, 0.5)
+"""Mean and deviation of Qwen3-VL and SigLIP; above, those of CLIP."""
 MAX_ASPECT = 200
 DEFAULT_LIMITS = (128 * 28 * 28, 768 * 28 * 28)
 """Least and most pixels of a frame where a checkpoint does not say; transformers' own for video."""
@@ -141,12 +143,12 @@ class Sizing:
         factor = self.patch * self.merge
         if self.shared_budget and kind == "video":
             frames = max(frames, self.temporal)
-            most = min(most, frames * (max_pixels or most))
+            most = min(most, frames * (most if max_pixels is None else max_pixels))
             if min(height, width) < factor:
                 scale = factor / min(height, width)
                 height, width = int(height * scale), int(width * scale)
             return frame_size(height, width, factor, min(least, most), most, frames, self.temporal)
-        most = min(most, max_pixels or most)
+        most = min(most, most if max_pixels is None else max_pixels)
         return frame_size(height, width, factor, min(least, most), most)
 
     def grid_tokens(self, height: int, width: int) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from longrl.models.clip_walk import See, clip_backward, encode_clip
 from longrl.models.encoder_id import EncoderId, config_of
-from longrl.models.qwen_processor import MEAN, STD, Sizing, even_chunks, seconds_per_grid
+from longrl.models.qwen_processor import MEAN, STD, Sizing, even_chunks
 from longrl.plan.work import BACKWARD_PATCHES
 from longrl.types import Clip, Frames, MediaEmbeds, MediaError, MediaSize
 
@@ -124,29 +125,11 @@ class QwenVision:
 
     def encode(self, clip: Clip, chunks: range | None = None) -> Iterator[MediaEmbeds]:
         """See models/family.py."""
-        if clip.kind == "image":
-            from longrl.video.image import read_image
+        measure = partial(self._measure_video, clip)
+        return encode_clip(clip, chunks, measure, self.config.temporal_patch_size, self._see(clip))
 
-            resize = Resize(clip.kind, 1, clip.max_pixels)
-            return map(partial(self._encode_chunk, resize, 1.0), iter([read_image(clip.path)]))
-        from longrl.video.decode import select_frames
-
-        selected = select_frames(clip)
-        size = self._measure_video(clip, selected)
-        part = None if chunks is None else range(chunks.start * size.chunk_frames, chunks.stop * size.chunk_frames)
-        times = torch.from_numpy(selected.times_s)
-        seconds = seconds_per_grid(clip, times, self.config.temporal_patch_size)
-        resize = Resize(clip.kind, len(times), clip.max_pixels)
-        # where key frames cannot be relied on, one process does the whole; see data/clips.py
-        frames = selected.read(size.chunk_frames, part, quick_only=part is not None)
-        # a map keeps no chunk of pixels while the next one is decoded, as a loop would
-        return map(partial(self._encode_chunk, resize, seconds), frames)
-
-    @torch.no_grad()
-    def _encode_chunk(self, resize: Resize, seconds: float, frames: Frames) -> MediaEmbeds:
-        media = self.encode_frames([frames], resize)
-        deepstack = None if media.deepstack is None else media.deepstack.cpu()
-        return replace(media, embeds=media.embeds.cpu(), deepstack=deepstack, seconds_per_grid=seconds)
+    def _see(self, clip: Clip) -> See:
+        return lambda frames, count: self.encode_frames([frames], Resize(clip.kind, count, clip.max_pixels))
 
     def encode_frames(self, chunks: Iterable[Frames], resize: Resize | None = None) -> MediaEmbeds:
         """Embeddings of frames already decoded, without key; with gradients if enabled.
@@ -182,33 +165,9 @@ class QwenVision:
     def backward(self, media: MediaEmbeds, span: slice, grads: Tensor, deepstack_grads: Tensor | None) -> None:
         """See Family.encode_backward."""
         assert media.clip, f"media {media.key} comes from no clip"
-        (t, h, w), temporal = media.grid_thw, self.config.temporal_patch_size
-        tokens = h * w // self.config.spatial_merge_size**2
-        grids = range(span.start // tokens, -(-span.stop // tokens))
-        if media.clip.kind == "image":
-            from longrl.video.image import read_image
-
-            count, chunks = 1, iter([read_image(media.clip.path)])
-        else:
-            from longrl.video.decode import select_frames
-
-            selected = select_frames(media.clip)
-            count = len(selected.chosen)
-            part = range(grids.start * temporal, min(grids.stop * temporal, count))
-            chunks = selected.read(max(1, BACKWARD_PATCHES // (h * w)) * temporal, part)
-        assert -(-count // temporal) == t, f"{media.clip.path}: {-(-count // temporal)} temporal patches, {t} before"
-        resize, first = Resize(media.clip.kind, count, media.clip.max_pixels), grids.start * tokens
-        for frames in chunks:
-            end = first + -(-len(frames.pixels) // temporal) * tokens
-            start, stop = max(first, span.start), min(end, span.stop)
-            again, mine = slice(start - first, stop - first), slice(start - span.start, stop - span.start)
-            seen = self.encode_frames([frames], resize)
-            outputs, gradients = [seen.embeds[again]], [grads[mine].to(seen.embeds)]
-            if seen.deepstack is not None and deepstack_grads is not None:
-                outputs.append(seen.deepstack[:, again])
-                gradients.append(deepstack_grads[:, mine].to(seen.embeds))
-            torch.autograd.backward(outputs, gradients)
-            first = end
+        _, h, w = media.grid_thw
+        most, temporal = BACKWARD_PATCHES // (h * w), self.config.temporal_patch_size
+        clip_backward(media, span, grads, deepstack_grads, temporal, most, self._see(media.clip))
 
     def patches(self, pixels: np.ndarray, resize: Resize | None = None) -> tuple[Tensor, tuple[int, int, int]]:
         """Frames as the vision tower reads them: resized, normalised, cut into patches in merge order.

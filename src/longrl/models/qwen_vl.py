@@ -122,7 +122,7 @@ class Qwen25VL(Text):
         """M-RoPE: text counts up on all three axes; a video's tokens are (seconds, row, column) from where it starts,
         and the text after it continues at the largest position so far plus one. An image is a video of one time.
 
-        Differs: transformers 5.17-5.23 continues at start + max(rows, columns), which collides with the video's times.
+        Differs: transformers 5.17-5.24 continues at start + max(rows, columns), which collides with the video's times.
         Reference: Qwen2.5-VL (arXiv 2502.13923), section 2.1.2.
         """
         vision = self.vision.config

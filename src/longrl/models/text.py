@@ -47,6 +47,11 @@ class Text:
                 "sliding-window attention and attention dropout are not supported; set both off in config.json"
             )
         self.model, self.tokenizer, self.files = model, tokenizer, files
+        if not self.stop_ids:
+            raise ValueError(
+                "no eos_token_id in generation_config.json, config.json or the tokenizer says which token ends a "
+                "response; add it to generation_config.json"
+            )
         self.set_attention(model)
         model.eval()
 
@@ -61,9 +66,28 @@ class Text:
     def token_id(self, token: str) -> int:
         return int(self.tokenizer.convert_tokens_to_ids(token))  # pyright: ignore[reportArgumentType]
 
+    @property
+    def num_tokens(self) -> int:
+        """That the model has embeddings of; its tokenizer may know more."""
+        return self.model.get_input_embeddings().num_embeddings
+
+    def require_known(self, token_ids: Iterable[int], whose: str) -> None:
+        unknown = next((token for token in token_ids if token >= self.num_tokens), None)
+        if unknown is not None:
+            raise ValueError(
+                f"{whose} has the token {self.tokenizer.convert_ids_to_tokens(unknown)!r} ({unknown}), for which the "
+                f"model has none of its {self.num_tokens} embeddings; leave it out"
+            )
+
     @classmethod
     def load(cls, path: Path, dtype: torch.dtype) -> Self:
         with explained(path):
+            nested = {"text_config", "vision_config"} & json.loads((path / "config.json").read_text()).keys()
+            if nested - set(cls.config_class.sub_configs):
+                raise ValueError(
+                    f"its config.json is one of a model of several parts ({', '.join(sorted(nested))}), which a "
+                    f"{cls.model_type} has not; give it the model_type that it was published with"
+                )
             model = read_model(cls.model_class, path, dtype)
             tokenizer = read_tokenizer(path)
             if not tokenizer.chat_template:
@@ -109,8 +133,10 @@ class Text:
 
     @property
     def stop_ids(self) -> frozenset[int]:
-        eos = self.model.generation_config.eos_token_id if self.model.generation_config else None
-        eos = eos if eos is not None else self.model.config.get_text_config().eos_token_id
+        """As the first of the checkpoint's files says that says something."""
+        config = self.model.config
+        said = (self.model.generation_config, config, config.get_text_config(), self.tokenizer)
+        eos = next((ids for one in said if (ids := getattr(one, "eos_token_id", None)) not in (None, [])), [])
         return frozenset([eos] if isinstance(eos, int) else eos)
 
     def parts(self) -> TrunkParts:
@@ -173,7 +199,8 @@ class Text:
         """The tokens of an example, one placeholder for each of its clips, but for sound that comes with a video.
 
         Raises:
-            ValueError: the model does not take such clips, or the text holds placeholders of its own.
+            ValueError: the model does not take such clips, or the text holds placeholders of its own, or tokens that
+                the model has no embeddings of.
         """
         for clip in example.clips:
             if clip.kind not in self.placeholders:
@@ -187,6 +214,7 @@ class Text:
                 f"example {example.id}: {len(found)} media placeholders ({', '.join(found) or 'none'}) in the text for "
                 f"{num_media} clips ({', '.join(clip.kind for clip in example.clips) or 'none'})"
             )
+        self.require_known((token for token in ids if token not in self.pads), f"example {example.id}: its text")
         return ids
 
     def template(self, example: Example) -> list[dict[str, Any]]:

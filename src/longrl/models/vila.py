@@ -24,6 +24,7 @@ from transformers import (
 )
 
 from longrl.models.folder import explained, quiet, read_model, read_texts, read_tokenizer
+from longrl.models.qwen_processor import HALF
 from longrl.models.text import Ranges, Text, tiny_text
 from longrl.models.tiny import make_tokenizer
 from longrl.models.trunk import ATTENTION
@@ -33,7 +34,6 @@ from longrl.models.vila_vision import VilaVision
 from longrl.types import Clip, Example, Frames, MediaEmbeds, MediaSize
 
 CONFIG, PROCESSOR = "config.json", "vision_tower/preprocessor_config.json"
-HALF = (0.5, 0.5, 0.5)
 _TYPES = {"llm": "qwen2", "vision_tower": "siglip_vision_model", "mm_projector": "v2l_projector"}
 _TOWER_PREFIX = "vision_model."
 """In front of a tower's names in every file; newer transformers has it no more in the module."""
@@ -71,14 +71,9 @@ class Vila(Text):
         new = [token for token in self.placeholders.values() if token not in tokenizer.get_vocab()]
         tokenizer.add_tokens(new, special_tokens=True)
         super().__init__(model, tokenizer, files)
-        rows = model.llm.model.embed_tokens.num_embeddings
-        if max(self.pads) >= rows:
-            raise ValueError(
-                f"its tokenizer has token {max(self.pads)}, but its llm has {rows} embeddings; copy both again"
-            )
         self.config: VilaConfig = read_vila_config(json.loads(files[CONFIG]))
-        shown = json.loads(files[PROCESSOR])
-        mean, std = (tuple(shown.get(f"image_{name}") or HALF) for name in ("mean", "std"))
+        seen: Any = model.vision_tower.config
+        mean, std = _colours(json.loads(files[PROCESSOR]), seen.image_size)
         self.vision = VilaVision(model.vision_tower, model.mm_projector, self.config, mean, std)
 
     def set_attention(self, model: Any) -> None:
@@ -160,7 +155,8 @@ class Vila(Text):
 
     @property
     def stop_ids(self) -> frozenset[int]:
-        return super().stop_ids | {self.token_id(str(self.tokenizer.eos_token))}
+        own = self.tokenizer.eos_token_id
+        return super().stop_ids | ({own} if isinstance(own, int) else set())
 
     # ---- media
 
@@ -207,6 +203,8 @@ class Vila(Text):
     def expand(self, media: MediaEmbeds, pad: int) -> tuple[list[int], Ranges]:
         """Each picture's embeddings between the texts of the configuration, a newline after them as a rule."""
         kind = self.pads[pad]
+        # NVlabs' tokenizers know the tokens of media, their bodies have no rows for them: any that is there stands in
+        stand_in = pad if pad < self.num_tokens else 0
         before, after = self._around(kind)
         each, line = self._each(kind, len(media.embeds)), self._line(kind)
         tokens: list[int] = []
@@ -214,7 +212,7 @@ class Vila(Text):
         for _ in range(len(media.embeds) // each):
             tokens += [*(line if tokens else ()), *before]
             ranges.append((len(tokens), len(tokens) + each))
-            tokens += [pad] * each + after
+            tokens += [stand_in] * each + after
         return tokens, tuple(ranges)
 
     def _prompt_tokens(self, kind: str, rows: int) -> int:
@@ -283,6 +281,25 @@ def _read_part(folder: Path) -> dict[str, Any]:
         found = f"its {folder.name} is of model_type {content.get('model_type')!r}"
         raise ValueError(f"{found}, expected {_TYPES[folder.name]!r}")
     return content
+
+
+def _colours(shown: dict[str, Any], side: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and deviation that pictures of so many rows get, from the content of a processor's file.
+
+    Raises:
+        ValueError: it is of another tower.
+    """
+    size = shown.get("size")
+    if size is not None and set(size.values() if isinstance(size, dict) else [size]) != {side}:
+        raise ValueError(
+            f"size of {PROCESSOR} is {json.dumps(size)}, but its vision_tower takes {side} x {side} pixels; copy both "
+            "again"
+        )
+    mean, std = (shown.get(f"image_{name}") or HALF for name in ("mean", "std"))
+    for values in (mean, std):
+        if not isinstance(values, list | tuple) or len(values) != 3:
+            raise ValueError(f"image_mean or image_std of {PROCESSOR} is {values!r:.80}; expected three numbers")
+    return tuple(mean), tuple(std)
 
 
 def _tell_rope(config: Path) -> None:

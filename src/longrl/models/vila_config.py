@@ -70,7 +70,7 @@ def read_vila_config(content: dict[str, Any]) -> VilaConfig:
     for key, what in _REFUSED.items():
         if content.get(key):
             raise ValueError(f"{key} is {content[key]!r}: {what} are not supported")
-    if (content.get("video_max_tiles") or 1) > 1:
+    if _whole(content, "video_max_tiles", 1) > 1:
         raise ValueError(f"video_max_tiles is {content['video_max_tiles']}: frames in tiles are not supported")
     if (feature := content.get("mm_vision_select_feature") or "cls_patch") != "cls_patch":
         raise ValueError(
@@ -83,15 +83,16 @@ def read_vila_config(content: dict[str, Any]) -> VilaConfig:
     s2 = bool(content.get("dynamic_s2"))
     if s2 != (tiling == "dynamic_s2") and "dynamic" in tiling:
         raise ValueError(f"image_aspect_ratio is {tiling!r}, but dynamic_s2 is {s2}; they must agree")
-    layer = content.get("mm_vision_select_layer")
+    scales = _scales(content) if s2 else ()
+    least, most = _tiles(content, scales)
     return VilaConfig(
         projector=_projector(content),
         tiling=cast(Any, tiling),
-        select_layer=-2 if layer is None else int(layer),
-        scales=_scales(content) if s2 else (),
-        output_scale=int(content.get("s2_resize_output_to_scale_idx") or 0),
-        min_tiles=int(content.get("min_tiles") or 1),
-        max_tiles=int(content.get("max_tiles") or 12),
+        select_layer=_whole(content, "mm_vision_select_layer", -2),
+        scales=scales,
+        output_scale=_output_scale(content, scales),
+        min_tiles=least,
+        max_tiles=most,
         around={kind: _around(content, f"{kind}_encoder") for kind in ("image", "video")},
         pool=_pool(content),
     )
@@ -139,19 +140,54 @@ def _projector(content: dict[str, Any]) -> str:
     return kind
 
 
+def _whole(content: dict[str, Any], key: str, usual: int, least: int | None = None) -> int:
+    value = content.get(key)
+    if value is None:
+        return usual
+    if not isinstance(value, int) or isinstance(value, bool) or (least is not None and value < least):
+        more = "" if least is None else f", {least} or more"
+        raise ValueError(f"{key} of config.json is {value!r}, expected a whole number{more}")
+    return value
+
+
+def _tiles(content: dict[str, Any], scales: tuple[int, ...]) -> tuple[int, int]:
+    """The least and the most tiles of an image."""
+    least, most = _whole(content, "min_tiles", 1, 1), _whole(content, "max_tiles", 12, 1)
+    if least > most:
+        raise ValueError(f"min_tiles of config.json is {least}, max_tiles {most}; expected no more than that")
+    if scales and (needed := (scales[-1] // scales[0]) ** 2) > most:
+        raise ValueError(f"max_tiles of config.json is {most}, but s2_scales ask for {needed} tiles; expected as many")
+    return least, most
+
+
+def _output_scale(content: dict[str, Any], scales: tuple[int, ...]) -> int:
+    index, count = _whole(content, "s2_resize_output_to_scale_idx", 0), len(scales)
+    if scales and not -count <= index < count:
+        raise ValueError(f"s2_resize_output_to_scale_idx of config.json is {index}, but there are {count} s2_scales")
+    return index
+
+
 def _scales(content: dict[str, Any]) -> tuple[int, ...]:
     said = content.get("s2_scales")
-    parts = said.split(",") if isinstance(said, str) else said or ()
-    scales = tuple(sorted(int(part) for part in parts))
-    if not scales or any(scale % scales[0] for scale in scales):
-        raise ValueError(f"s2_scales is {said!r}; expected multiples of the first, as in 448,896,1344")
+    try:
+        scales = tuple(sorted(int(part) for part in (said.split(",") if isinstance(said, str) else said or ())))
+    except (TypeError, ValueError):
+        scales = ()
+    if not scales or scales[0] < 1 or any(scale % scales[0] for scale in scales):
+        raise ValueError(f"s2_scales of config.json is {said!r}; expected multiples of the first, as in 448,896,1344")
     return scales
 
 
 def _encoder(content: dict[str, Any], key: str) -> tuple[str, dict[str, Any]]:
     """Class name and arguments of what puts the embeddings of pictures together."""
     said = content.get(key) or {}
-    about = dict(json.loads(said) if isinstance(said, str) else said)
+    try:
+        about = json.loads(said) if isinstance(said, str) else said
+    except ValueError:
+        about = None
+    if not isinstance(about, dict):
+        raise ValueError(f"{key} of config.json is {said!r:.80}; expected an object with _target_, or the text of one")
+    about = dict(about)
     usual = "BasicImageEncoder" if key == "image_encoder" else "BasicVideoEncoder"
     name = str(about.pop("_target_", usual)).rpartition(".")[2]
     if name not in {usual, *(("TSPVideoEncoder",) * (key == "video_encoder"))}:
@@ -161,18 +197,20 @@ def _encoder(content: dict[str, Any], key: str) -> tuple[str, dict[str, Any]]:
 
 def _around(content: dict[str, Any], key: str) -> tuple[str, str]:
     _, about = _encoder(content, key)
-    return about.get("start_tokens") or "", about.get("end_tokens", "\n") or ""
+    texts = about.get("start_tokens") or "", about.get("end_tokens", "\n") or ""
+    if not all(isinstance(text, str) for text in texts):
+        raise ValueError(f"{key} of config.json puts {texts!r:.80} around pictures; expected texts")
+    return texts
 
 
 def _pool(content: dict[str, Any]) -> tuple[int, int, int]:
     name, about = _encoder(content, "video_encoder")
     if name != "TSPVideoEncoder":
         return 1, 1, 1
-    sizes = about.get("pool_sizes")
-    if not isinstance(sizes, list) or len(sizes) != 1 or len(sizes[0]) != 3 or about.get("sep_tokens"):
-        raise ValueError(
-            f"video_encoder pools by {json.dumps(sizes)}; expected one size of frames, rows and columns, as in "
-            "[[8, 1, 1]], and no sep_tokens"
-        )
-    frames, rows, columns = (int(size) for size in sizes[0])
-    return frames, rows, columns
+    match sizes := about.get("pool_sizes"):
+        case [[int(frames), int(rows), int(columns)]] if min(sizes[0]) >= 1 and not about.get("sep_tokens"):
+            return frames, rows, columns
+    raise ValueError(
+        f"video_encoder pools by {json.dumps(sizes)}; expected one size of frames, rows and columns, each 1 or more, "
+        "as in [[8, 1, 1]], and no sep_tokens"
+    )

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from longrl.models.vila_config import fold_of, projector_widths
+from longrl.models.vila_tiles import side_of
 
 
 class ProjectorConfig(PreTrainedConfig):
@@ -50,16 +51,11 @@ class Fold(nn.Module):
         self.fold = fold
 
     def forward(self, x: Tensor) -> Tensor:
-        side, rest = isqrt(x.shape[1]), -isqrt(x.shape[1]) % self.fold
+        side = side_of(x.shape[1])
+        rest = -side % self.fold
         x = nn.functional.pad(x.unflatten(1, (side, side)), (0, 0, 0, rest, 0, rest))
         x = x.unflatten(2, (-1, self.fold)).unflatten(1, (-1, self.fold))  # row, in it, column, in it
         return x.transpose(2, 3).flatten(3).flatten(1, 2)
-
-
-def isqrt(patches: int) -> int:
-    side = int(patches**0.5)
-    assert side * side == patches, f"{patches} patches are no square"
-    return side
 
 
 def _layers(kind: str, wide: int, out: int) -> nn.Module:

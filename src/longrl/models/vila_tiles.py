@@ -5,6 +5,7 @@ Reference: NVILA (arXiv 2412.04468), section 2.1; the choice of rows and columns
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -49,9 +50,16 @@ def cut(image: np.ndarray, rows: int, columns: int, side: int) -> np.ndarray:
 
 def join(tiles: Tensor, rows: int, columns: int) -> Tensor:
     """[rows * columns, n, c], of which each is the rows of a square -> [rows * s, columns * s, c]."""
-    side = int(tiles.shape[1] ** 0.5)
+    side = side_of(tiles.shape[1])
     grid = tiles.unflatten(1, (side, side)).unflatten(0, (rows, columns))
     return grid.transpose(1, 2).flatten(2, 3).flatten(0, 1)
+
+
+def side_of(patches: int) -> int:
+    """Of the square whose rows they are."""
+    side = math.isqrt(patches)
+    assert side * side == patches, f"{patches} patches are no square"
+    return side
 
 
 def split(whole: Tensor, rows: int, columns: int) -> Tensor:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,8 +12,8 @@ import torch
 from torch import Tensor
 
 from longrl.models import vila_tiles
+from longrl.models.clip_walk import See, clip_backward, encode_clip
 from longrl.models.encoder_id import EncoderId, config_of
-from longrl.models.qwen_processor import seconds_per_grid
 from longrl.models.vila_config import VilaConfig
 from longrl.plan.work import BACKWARD_PATCHES
 from longrl.types import Clip, Frames, MediaEmbeds, MediaError, MediaSize
@@ -174,28 +173,11 @@ class VilaVision:
     def encode(self, clip: Clip, chunks: range | None = None) -> Iterator[MediaEmbeds]:
         """See models/family.py."""
         self._require_pixels(clip)
-        if clip.kind == "image":
-            from longrl.video.image import read_image
+        return encode_clip(clip, chunks, self._measure_video, self.config.pool[0], self._see(clip))
 
-            return map(self._encode_image, iter([read_image(clip.path)]))
-        from longrl.video.decode import select_frames
-
-        selected = select_frames(clip)
-        size = self._measure_video(selected)
-        part = None if chunks is None else range(chunks.start * size.chunk_frames, chunks.stop * size.chunk_frames)
-        seconds = seconds_per_grid(clip, torch.from_numpy(selected.times_s), self.config.pool[0])
-        # a map keeps no chunk of pixels while the next one is decoded, as a loop would
-        return map(partial(self._encode_chunk, seconds), selected.read(size.chunk_frames, part))
-
-    @torch.no_grad()
-    def _encode_chunk(self, seconds: float, frames: Frames) -> MediaEmbeds:
-        media = self.encode_frames([frames])
-        return replace(media, embeds=media.embeds.cpu(), seconds_per_grid=seconds)
-
-    @torch.no_grad()
-    def _encode_image(self, frames: Frames) -> MediaEmbeds:
-        media = self.encode_image(frames)
-        return replace(media, embeds=media.embeds.cpu())
+    def _see(self, clip: Clip) -> See:
+        is_image = clip.kind == "image"
+        return lambda frames, _: self.encode_image(frames) if is_image else self.encode_frames([frames])
 
     def encode_frames(self, chunks: Iterable[Frames]) -> MediaEmbeds:
         """Embeddings of frames of a video already decoded, without key; with gradients if enabled.
@@ -274,25 +256,7 @@ class VilaVision:
 
     def backward(self, media: MediaEmbeds, span: slice, grads: Tensor) -> None:
         """See `encode_backward` of models/family.py."""
-        clip, pooled = media.clip, self.config.pool[0]
-        assert clip, f"media {media.key} comes from no clip"
-        if clip.kind == "image":
-            from longrl.video.image import read_image
-
-            torch.autograd.backward(self.encode_image(read_image(clip.path)).embeds[span], grads.to(media.embeds.dtype))
-            return
-        from longrl.video.decode import select_frames
-
-        selected, tokens = select_frames(clip), self.tokens("video")
-        count, groups = len(selected.chosen), range(span.start // tokens, -(-span.stop // tokens))
-        assert -(-count // pooled) == media.grid_thw[0], (
-            f"{clip.path}: {count} frames, {media.grid_thw[0]} pooled before"
-        )
-        at_once = max(1, BACKWARD_PATCHES // self.side**2 // pooled) * pooled
-        first = groups.start * tokens
-        for frames in selected.read(at_once, range(groups.start * pooled, min(groups.stop * pooled, count))):
-            end = first + -(-len(frames.pixels) // pooled) * tokens
-            start, stop = max(first, span.start), min(end, span.stop)
-            seen = self.encode_frames([frames]).embeds[start - first : stop - first]
-            torch.autograd.backward(seen, grads[start - span.start : stop - span.start].to(seen))
-            first = end
+        assert media.clip, f"media {media.key} comes from no clip"
+        pooled = self.config.pool[0]
+        most = BACKWARD_PATCHES // self.side**2 // pooled
+        clip_backward(media, span, grads, None, pooled, most, self._see(media.clip))
