@@ -19,12 +19,12 @@ from longrl.stopping import Stopped
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 HEAVY = {"torch", "transformers", "av", "matplotlib", "tensorboard", "numpy"}
-BASE = "kind: rl\nrun_dir: runs/x\nmodel: {path: 'tiny:qwen2_5_vl'}\nsteps: 10\ndata: {train: rows.jsonl}\n"
+BASE = "kind: rl\nrun_dir: runs/x\nmodel: {path: 'tiny:qwen2_5_vl'}\nsteps: 10\ndata: {train: me/rows@train}\n"
+"""Rows of the hub, which a plan does not read."""
 
 
 @pytest.fixture
 def base(tmp_path: Path) -> Path:
-    (tmp_path / "rows.jsonl").touch()
     path = tmp_path / "base.yaml"
     path.write_text(BASE)
     return path
@@ -257,7 +257,7 @@ def test_version(longrl):
 def test_a_run_refuses_a_model_that_is_not_there(longrl, base):
     (base.parent / "rows.jsonl").write_text('{"id": 1, "video": "v.mp4", "question": "q", "answer": "a"}')
     (base.parent / "v.mp4").touch()
-    done = longrl("rl", base, "model.path=models/Qwen2.5-VL-7B-Instruct")
+    done = longrl("rl", base, "data.train=rows.jsonl", "model.path=models/Qwen2.5-VL-7B-Instruct")
     assert done.returncode == 2
     assert "(no config.json); download https://huggingface.co/Qwen/Qwen2.5-VL-7B-Instruct" in done.stderr
 
