@@ -42,7 +42,7 @@ from longrl.plan.shapes import known_source, shape_of
 from longrl.plan.text import plan_lines, refusal
 from longrl.registry import require_name
 from longrl.rollout.vllm_rules import choose_engine, with_engine
-from longrl.runtime import rank_and_size
+from longrl.runtime import CHECKPOINTS, rank_and_size
 from longrl.scoring_config import REWARD_NAMES, require_weights
 
 BF16_DIFF = 0.5
@@ -327,14 +327,22 @@ def _model_problem(path: str, trained: bool = False) -> str | None:
         there = (Path(base) / "config.json").is_file()
         named = f"{base}, which the adapters in {path} belong to," if base != path else path
         source = known_source(base)
-        missing = f"{named} is not a Hugging Face folder (no config.json)" + (f"; download {source}" if source else "")
-        return None if there else missing
+        mend = f"; download {source}" if source else _model_inside(base)
+        return None if there else f"{named} is not a Hugging Face folder (no config.json){mend}"
     if family in FAMILIES:
         return None
     nearest = difflib.get_close_matches(family, FAMILIES, n=1)
     return f"no model family {family!r}; " + (
         f"did you mean {nearest[0]!r}?" if nearest else f"known: {', '.join(FAMILIES)}"
     )
+
+
+def _model_inside(path: str) -> str:
+    """Names the model in a checkpoint, or the last of a run or of each run in a folder."""
+    for pattern in ("model", f"{CHECKPOINTS}/step_*/model", f"*/{CHECKPOINTS}/step_*/model"):
+        if found := {folder.parents[1]: str(folder) for folder in sorted(Path(path).glob(pattern))}:
+            return f"; did you mean {' or '.join(found.values())}?"
+    return ""
 
 
 def _row(name: str, value: str, problem: str | None = None) -> None:

@@ -9,7 +9,8 @@ import pytest
 
 from longrl.algo.losses import LOSSES
 from longrl.algo_config import LOSS_NAMES
-from longrl.check import check_command
+from longrl.check import check_command, require_model
+from longrl.config import ModelConfig
 from longrl.config_files import load_config
 from longrl.registry import require_name, resolve
 from longrl.rewards.media import MEDIA_REWARDS
@@ -131,3 +132,15 @@ def test_rows_that_a_run_refuses(check, row, words):
     with pytest.raises(ValueError, match=r"data\.train: .*response is missing"):
         check(kind="sft")
     check(data={"train": "of/the-hub@train"})
+
+
+def test_the_model_in_a_folder_of_the_wrong_level_is_named(tmp_path):
+    for run, step in (("sft", 450), ("rl", 20), ("rl", 40)):
+        folder = tmp_path / run / "checkpoints" / f"step_{step:06d}" / "model"
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text("{}")
+    sft, rl = (f"{tmp_path}/{run}/checkpoints/step_{step}/model" for run, step in (("sft", "000450"), ("rl", "000040")))
+    for path, named in ((f"{rl}/..", rl), (tmp_path / "rl", rl), (tmp_path, f"{rl} or {sft}")):
+        with pytest.raises(ValueError, match=r"not a Hugging Face folder \(no config\.json\); did you mean ") as caught:
+            require_model(ModelConfig(path=str(path)))
+        assert str(caught.value).replace("/model/../model", "/model").endswith(f"did you mean {named}?")
