@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -27,7 +27,7 @@ TWINS: dict[str, dict[str, dict[str, Any]]] = {
 }
 """Of models/tiny_diffusion.py: part -> what its config.json would say."""
 
-Limits = tuple[dict[str, tuple[int, int | None]], int | None]
+Limits = tuple[Mapping[str, tuple[int, int | None]], int | None]
 """Side -> (what it is a multiple of, the most of it); what frames after the first are a multiple of, None: images.
 
 What a config.json leaves out has diffusers' default."""

@@ -14,6 +14,7 @@ from longrl.config import ModelConfig
 from longrl.config_files import load_config
 from longrl.flow_config import FlowConfig, MediaConfig
 from longrl.models.media import load_media_family
+from longrl.rewards.media import MediaRewards
 from tests.unit.test_flow import BASE
 
 SIZES = [
@@ -97,6 +98,11 @@ def test_what_a_run_refuses(config, override, words):
     more = [weight for name, weight in weights.items() if name in override]
     with pytest.raises(ValueError, match=f"the run cannot start: .*{words}"):
         check_command(config(override, *more))
+
+
+def test_a_run_lists_all_rewards_too():
+    with pytest.raises(ValueError, match=r"unknown reward 'colou'.* clip, colour, hpsv2, jpeg_size, ocr, pickscore"):
+        MediaRewards({"colou": 1.0})
 
 
 @pytest.mark.parametrize("package", ["diffusers", "openai", "httpx2", "rapidocr"])
