@@ -22,6 +22,9 @@ _GRPO: dict[str, Any] = {
 }
 _SUM_OF_TOKENS: dict[str, Any] = {**_GRPO, "normalise": "constant"}
 
+LOSS_NAMES = ("cispo", "clip", "gspo")
+"""What is built in: algo/losses.py, which needs torch."""
+
 PRESETS: dict[str, dict[str, Any]] = {
     "grpo": _GRPO,
     "dr_grpo": {**_SUM_OF_TOKENS, "advantage": "dr_grpo", "kl": "off"},

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import difflib
-import os
 from collections.abc import Callable, Iterator
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import typer
 
+from longrl.algo.advantages import ADVANTAGES
+from longrl.algo_config import LOSS_NAMES
 from longrl.check_flow import flow_rows
 from longrl.config import (
+    AlgoConfig,
     AnswerConfig,
     AnyConfig,
     DataRunConfig,
@@ -23,11 +26,14 @@ from longrl.config import (
     QuickstartConfig,
     RlConfig,
     RolloutConfig,
+    SftConfig,
     TrainConfig,
     WarmStartConfig,
 )
+from longrl.data.examples import load_examples
 from longrl.data.rows import missing
 from longrl.flow_config import FlowConfig
+from longrl.judge_config import key_problem
 from longrl.models import FAMILIES, base_path, tiny_family
 from longrl.parallel.layout import require_heads, require_world
 from longrl.plan.devices import find_device
@@ -36,25 +42,30 @@ from longrl.plan.shapes import known_source, shape_of
 from longrl.plan.text import plan_lines, refusal
 from longrl.registry import require_name
 from longrl.rollout.vllm_rules import choose_engine, with_engine
-from longrl.runtime import rank_and_size
-from longrl.scoring_config import REWARD_NAMES
+from longrl.runtime import CHECKPOINTS, rank_and_size
+from longrl.scoring_config import REWARD_NAMES, require_weights
 
 BF16_DIFF = 0.5
 """For algo.max_logprob_diff in bfloat16: above what rounding does (docs/numerics.md), below what a fault does."""
 
 
-def check_command(config: AnyConfig | FlowConfig, device: str = "CPU", processes: int | None = None) -> None:
+def check_command(config: AnyConfig | FlowConfig, device: str | None = None, processes: int | None = None) -> None:
     """Prints a summary of the resolved configuration, and the plan of a run on given data.
 
     Args:
-        device: that the run is planned for: a name in plan/devices.py.
+        device: that the run is planned for: a name in plan/devices.py; None: this machine's CPU.
         processes: that it is planned for; None: those that torchrun has started, or as many as share a prompt.
 
     Raises:
-        ValueError: there is no such device; a file or name that the run needs does not exist, numbers that do not go
-            together, or a plan that does not fit the device, all of which are named.
+        ValueError: there is no such device, or no plan of this kind; a file or name that the run needs does not exist,
+            rows that it would refuse, numbers that do not go together, or a plan that does not fit the device, all of
+            which are named.
     """
-    find_device(device)
+    find_device(device or "CPU")
+    if not isinstance(config, DataRunConfig):
+        for option, value in (("--device", device), ("--processes", processes)):
+            if value is not None:
+                raise ValueError(f"{option} {value}: runs of kind {config.kind} are not planned; leave {option} out")
     if isinstance(config, WarmStartConfig):
         problems = list(_report_warm_start(config))
     elif isinstance(config, FlowConfig):
@@ -69,11 +80,11 @@ def check_command(config: AnyConfig | FlowConfig, device: str = "CPU", processes
         video = config.video
         _row("video", f"{video.fps:g} frames a second" if video.fps is not None else f"{video.num_frames} frames")
         if isinstance(config, QuickstartConfig):
-            _report_quickstart(config)
+            problems += _report_quickstart(config)
             problems += _report_rewards(config)
         else:
             problems += _report_run(config, processes)
-            problems += _report_plan(config, device, processes)
+            problems += _report_plan(config, device or "CPU", processes)
     if problems:
         raise ValueError(f"the run cannot start: {'; '.join(problems)}")
     source = None if isinstance(config, WarmStartConfig | FlowConfig) else known_source(config.model.path)
@@ -123,7 +134,7 @@ def _report_model(config: ModelConfig, trained: bool) -> Iterator[str]:
         _row("lora", f"rank {lora.rank}, alpha {lora.alpha:g}, {where}")
 
 
-def _report_quickstart(config: QuickstartConfig) -> None:
+def _report_quickstart(config: QuickstartConfig) -> Iterator[str]:
     videos = config.videos
     _row(
         "videos",
@@ -132,10 +143,12 @@ def _report_quickstart(config: QuickstartConfig) -> None:
     )
     _row("sft", _steps(config.sft, None))
     _row("rl", _steps(config.rl, config.rollout))
+    yield from _report_algo(config.rl.algo, "rl.algo")
 
 
 def _report_run(config: DataRunConfig, processes: int | None) -> Iterator[str]:
     for name, path, problem in _files(config):
+        problem = problem or _rows_problem(config, name, path or "")
         _row(f"data.{name}", path or "", problem)
         if problem:
             yield f"data.{name}: {problem}"
@@ -148,7 +161,7 @@ def _report_run(config: DataRunConfig, processes: int | None) -> Iterator[str]:
         yield from _report_rewards(config)
         yield from _report_judge(config)
     if isinstance(config, RlConfig):
-        _row("algo", f"{config.algo.advantage}, {config.algo.loss} loss, KL {config.algo.kl}")
+        yield from _report_algo(config.algo, "algo")
         if "bfloat16" in (config.model.dtype, config.model.compute_dtype) and config.algo.max_logprob_diff < BF16_DIFF:
             stops = (
                 f"a run stops where they differ by more than algo.max_logprob_diff, {config.algo.max_logprob_diff:g}"
@@ -157,6 +170,17 @@ def _report_run(config: DataRunConfig, processes: int | None) -> Iterator[str]:
                 "", f"in bfloat16 engine and trainer log-probs round differently, and {stops}: set it to {BF16_DIFF:g}"
             )
         yield from _report_engine(config, _size(config, processes))
+
+
+def _report_algo(algo: AlgoConfig, key: str) -> Iterator[str]:
+    """Nothing is imported: a run does that before it loads anything."""
+    found = (
+        (f"{key}.advantage", _refusal(require_name, algo.advantage, ADVANTAGES, "advantage")),
+        (f"{key}.loss", _refusal(require_name, algo.loss, LOSS_NAMES, "loss")),
+    )
+    problems = [f"{name}: {problem}" for name, problem in found if problem]
+    _row("algo", f"{algo.advantage}, {algo.loss} loss, KL {algo.kl}", "; ".join(problems) or None)
+    yield from problems
 
 
 def _report_engine(config: RlConfig, size: int) -> Iterator[str]:
@@ -176,23 +200,41 @@ def _report_engine(config: RlConfig, size: int) -> Iterator[str]:
 
 def _files(config: DataRunConfig) -> Iterator[tuple[str, str | None, str | None]]:
     """Which, where, and what is wrong with it."""
-    for name, path, needed in (
-        ("train", config.data.train, isinstance(config, TrainConfig)),
-        ("eval", config.data.eval, not isinstance(config, TrainConfig) or _evaluates(config)),
-    ):
+    for name, path in (("train", config.data.train), ("eval", config.data.eval)):
         if path is not None:
             yield name, path, missing(path)
-        elif needed:
+        elif _reads(config, name):
             yield name, None, "not set, expected a file of rows"
+
+
+def _reads(config: DataRunConfig, name: str) -> bool:
+    """Whether the run reads `data.train`, or `data.eval`."""
+    if name == "train":
+        return isinstance(config, TrainConfig)
+    return not isinstance(config, TrainConfig) or (isinstance(config, RlConfig) and config.eval_every_steps > 0)
+
+
+def _rows_problem(config: DataRunConfig, name: str, path: str) -> str | None:
+    """What the run would say of rows when it reads them; None also where they are not files of this machine."""
+    if not _reads(config, name) or not Path(path).is_file():
+        return None
+    sft = isinstance(config, SftConfig)
+    read = partial(load_examples, cache=config.cache, keep_skipped=name == "eval", demonstrations=sft)
+    return _refusal(read, path, config.data, config.video)
 
 
 def _report_rewards(config: AnswerConfig) -> Iterator[str]:
     """Nothing is imported: a run does that before it loads anything."""
-    for name, weight in config.rewards.items():
+    named = [(name, f"weight {weight:g}") for name, weight in config.rewards.items()]
+    named += [(name, f"of kind {kind}") for kind, name in config.scoring.by_kind.items()]
+    for name, use in named:
         problem = _refusal(require_name, name, REWARD_NAMES, "reward")
-        _row("reward", f"{name}, weight {weight:g}", problem)
+        _row("reward", f"{name}, {use}", problem)
         if problem:
             yield problem
+    if problem := _refusal(require_weights, config.rewards):
+        _row("reward", "", problem)
+        yield problem
 
 
 def _report_judge(config: JudgedConfig) -> Iterator[str]:
@@ -200,9 +242,7 @@ def _report_judge(config: JudgedConfig) -> Iterator[str]:
     if config.judge is None:
         return
     for name, model in config.judge.models.items():
-        key = model.key_env
-        there = key is None or os.environ.get(key, "").strip()
-        problem = None if there else f"the environment variable {key} is not set"
+        problem = key_problem(model.key_env)
         _row("judge", f"{name}: {model.model} at {model.base_url}", problem)
         if problem:
             yield f"judge.models.{name}: {problem}"
@@ -256,16 +296,12 @@ def _heads_problem(path: str, parallel: ParallelConfig) -> str | None:
     return f"parallel.sp: {problem}" if problem else None
 
 
-def _refusal(require: Callable[..., None], *args: Any) -> str | None:
+def _refusal(require: Callable[..., object], *args: Any) -> str | None:
     try:
         require(*args)
-    except ValueError as error:
+    except (ValueError, RuntimeError) as error:
         return str(error)
     return None
-
-
-def _evaluates(config: TrainConfig) -> bool:
-    return isinstance(config, RlConfig) and config.eval_every_steps > 0
 
 
 def _steps(loop: LoopConfig, rollout: RolloutConfig | None) -> str:
@@ -291,14 +327,22 @@ def _model_problem(path: str, trained: bool = False) -> str | None:
         there = (Path(base) / "config.json").is_file()
         named = f"{base}, which the adapters in {path} belong to," if base != path else path
         source = known_source(base)
-        missing = f"{named} is not a Hugging Face folder (no config.json)" + (f"; download {source}" if source else "")
-        return None if there else missing
+        mend = f"; download {source}" if source else _model_inside(base)
+        return None if there else f"{named} is not a Hugging Face folder (no config.json){mend}"
     if family in FAMILIES:
         return None
     nearest = difflib.get_close_matches(family, FAMILIES, n=1)
     return f"no model family {family!r}; " + (
         f"did you mean {nearest[0]!r}?" if nearest else f"known: {', '.join(FAMILIES)}"
     )
+
+
+def _model_inside(path: str) -> str:
+    """Names the model in a checkpoint, or the last of a run or of each run in a folder."""
+    for pattern in ("model", f"{CHECKPOINTS}/step_*/model", f"*/{CHECKPOINTS}/step_*/model"):
+        if found := {folder.parents[1]: str(folder) for folder in sorted(Path(path).glob(pattern))}:
+            return f"; did you mean {' or '.join(found.values())}?"
+    return ""
 
 
 def _row(name: str, value: str, problem: str | None = None) -> None:

@@ -1,52 +1,142 @@
-"""`longrl check` of image and video generation. Imports no torch, and so cannot ask the autoencoder about sizes."""
+"""`longrl check` of image and video generation. Imports no torch."""
 
 from __future__ import annotations
 
-import importlib.util
-from collections.abc import Iterator
+import json
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
 
 from longrl.data.media_prompts import load_prompts
-from longrl.flow_config import FlowConfig
+from longrl.flow_config import FlowConfig, MediaConfig
+from longrl.judge_config import key_problem
 from longrl.models.media import pipeline_class
+from longrl.registry import require_name
 from longrl.rewards.media_checkpoints import require_files
-from longrl.scorers_config import CLIPS, ScorersConfig
+from longrl.scorers_config import CLIPS, TOYS, ScorersConfig
+from longrl.scoring_config import require_weights
+
+TWINS: dict[str, dict[str, dict[str, Any]]] = {
+    "sd3": {"transformer": {"patch_size": 2, "pos_embed_max_size": 32}, "vae": {"block_out_channels": [8, 16]}},
+    "wan": {
+        "transformer": {"patch_size": [1, 2, 2]},
+        "vae": {"scale_factor_spatial": 2, "scale_factor_temporal": 2},
+    },
+}
+"""Of models/tiny_diffusion.py: part -> what its config.json would say."""
+
+Limits = tuple[Mapping[str, tuple[int, int | None]], int | None]
+"""Side -> (what it is a multiple of, the most of it); what frames after the first are a multiple of, None: images.
+
+What a config.json leaves out has diffusers' default."""
 
 
 def flow_rows(config: FlowConfig) -> Iterator[tuple[str, str, str | None]]:
     """(what, value, problem or None) of what a run needs and does."""
-    yield "model", f"{config.model.path} ({config.model.dtype})", _problem(pipeline_class, config.model.path)
+    model = config.model.path
+    problem = _problem(pipeline_class, model)
+    if find_spec("diffusers") is None:
+        problem = "image and video generation needs the package diffusers: pip install 'longrl[flow]'"
+    yield "model", f"{model} ({config.model.dtype})", problem
     for name, path in (("prompts", config.prompts.train), ("held out", config.prompts.eval)):
         if path is not None:
             problem = _problem(load_prompts, path)
             yield name, path if problem else f"{len(load_prompts(path))} of {path}", problem
-    for name in sorted(config.scorers.names & set(config.rewards)):
-        yield name, *_scorer(name, config.scorers)
+    for name, weight in config.rewards.items():
+        asked, problem = _scorer(name, config.scorers)
+        yield "reward", f"{name}, weight {weight:g}" + (f": {asked}" if asked else ""), problem
+    if problem := _problem(require_weights, config.rewards):
+        yield "reward", "", problem
     media, sampling, flow = config.media, config.sampling, config.flow
     frames = f", {media.frames} frames" if media.frames > 1 else ""
-    yield "media", f"{media.width} x {media.height}{frames}", None
+    yield "media", f"{media.width} x {media.height}{frames}", _problem(partial(require_size, media=media), model)
     yield "sampling", f"{sampling.steps} steps, guidance {sampling.guidance:g}", None
     window = "no" if flow.method == "nft" else "all" if flow.window is None else f"{flow.window_size(sampling.steps)}"
     yield "method", f"{flow.preset or flow.method}, stochastic steps: {window}, KL {flow.kl_coef:g}", None
     yield "steps", f"{config.steps}, each of {config.prompts_per_step} prompts x {flow.group_size} samples", None
+    yield "plan", "memory and time of generators are not planned", None
 
 
-def _scorer(name: str, config: ScorersConfig) -> tuple[str, str | None]:
-    """Files and packages; whether a service answers, the run itself finds out."""
+def _scorer(name: str, config: ScorersConfig) -> tuple[str | None, str | None]:
+    """What it asks or loads; what is missing of files, keys and packages. The run finds out whether services answer."""
     if name in CLIPS:
         return getattr(config, name).path, _problem(partial(require_files, config=config), name)
     if name == "ocr":
-        missing = importlib.util.find_spec("rapidocr") is None
-        return "rapidocr", "rapidocr is not installed: pip install 'longrl[scorers]'" if missing else None
+        return "rapidocr", _lacks("rapidocr", "scorers")
     if name == "vlm":
         assert config.vlm is not None
-        return ", ".join(model.model for model in config.vlm.models.values()), None
-    return config.services[name].url, None
+        models = config.vlm.models.values()
+        keys = (key_problem(model.key_env) for model in models)
+        return ", ".join(model.model for model in models), next(filter(None, keys), _lacks("openai", "judge"))
+    if name in config.services:
+        service = config.services[name]
+        return service.url, key_problem(service.key_env) or _lacks("httpx2", "scorers")
+    return None, _problem(partial(require_name, known={*TOYS, *config.names}, what="reward"), name)
 
 
-def _problem(look, path: str) -> str | None:
+def _lacks(package: str, extra: str) -> str | None:
+    return None if find_spec(package) else f"the package {package} is not installed: pip install 'longrl[{extra}]'"
+
+
+def _problem(look: Callable[[Any], object], what: Any) -> str | None:
     try:
-        look(path)
+        look(what)
     except ValueError as error:
         return str(error)
     return None
+
+
+def require_size(path: str, media: MediaConfig) -> None:
+    """Looks whether a pipeline can make media of this size, where its files say so, as the families' own `require_size`
+    does once it is loaded: tests/unit/test_flow_check.py compares them.
+
+    Args:
+        path: a diffusers folder, or a twin.
+
+    Raises:
+        ValueError: it cannot, or there is no such pipeline.
+    """
+    name = pipeline_class(path)
+    try:
+        transformer, vae = (_part(path, part) for part in ("transformer", "vae"))
+        limits = _image_limits if name == "StableDiffusion3Pipeline" else _video_limits
+        sides, frames = limits(transformer, vae)
+    except (OSError, KeyError, TypeError, ValueError):  # the run says what is wrong with the folder
+        return
+    for side, (unit, largest) in sides.items():
+        value = getattr(media, side)
+        if value % unit or (largest and value > largest):
+            near, most = max(round(value / unit), 1) * unit, f" up to {largest}" if largest else ""
+            raise ValueError(
+                f"media.{side} is {value}, expected a multiple of {unit}{most}, as the model's autoencoder and patches "
+                f"need; use {min(near, largest or near)}"
+            )
+    if frames is None and media.frames != 1:
+        raise ValueError(f"media.frames is {media.frames}, but the model makes images; set it to 1")
+    if frames is not None and (media.frames - 1) % frames:
+        raise ValueError(
+            f"media.frames is {media.frames}, expected 1 + a multiple of {frames}, as the model's autoencoder needs; "
+            f"use {round((media.frames - 1) / frames) * frames + 1}"
+        )
+
+
+def _image_limits(transformer: dict[str, Any], vae: dict[str, Any]) -> Limits:
+    unit = 2 ** (len(vae["block_out_channels"]) - 1) * transformer.get("patch_size", 2)
+    side = unit, transformer.get("pos_embed_max_size", 96) * unit
+    return {"height": side, "width": side}, None
+
+
+def _video_limits(transformer: dict[str, Any], vae: dict[str, Any]) -> Limits:
+    space = vae.get("scale_factor_spatial", 8)
+    _, height, width = transformer.get("patch_size", (1, 2, 2))
+    # 16: the pipeline asks for it
+    sides = {"height": (max(space * height, 16), None), "width": (max(space * width, 16), None)}
+    return sides, vae.get("scale_factor_temporal", 4)
+
+
+def _part(path: str, part: str) -> dict[str, Any]:
+    if path.startswith("tiny:"):
+        return TWINS[path.removeprefix("tiny:").partition("@")[0]][part]
+    return json.loads((Path(path) / part / "config.json").read_text(encoding="utf-8"))

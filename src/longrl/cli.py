@@ -169,10 +169,12 @@ def filter_questions(
 @app.command()
 def check(
     config: Config,
-    device: Annotated[str, typer.Option(help="Plan for it: A100-80G, H100, H200, or CPU, this machine's.")] = "CPU",
+    device: Annotated[
+        str | None, typer.Option(help="Plan for it: A100-80G, H100, H200, or CPU, this machine's.")
+    ] = None,
     processes: Annotated[int | None, typer.Option(min=1, help="Of the run; as many as share a prompt.")] = None,
 ) -> None:
-    """Validate a configuration; plan its memory and time."""
+    """Validate a configuration; plan memory and time of sft, rl and eval."""
     loaded = load_arguments(config)
     from longrl.check import check_command
 

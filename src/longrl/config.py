@@ -240,7 +240,10 @@ class LoopConfig(Section):
     def _warm_up_ends(cls, optim: OptimConfig, info: ValidationInfo) -> OptimConfig:
         steps = info.data.get("steps")  # not there if it was not valid itself
         if steps is not None and optim.warmup_steps >= steps:
-            raise ValueError(f"warmup_steps is {optim.warmup_steps}, expected fewer than the {steps} steps of the run")
+            raise ValueError(
+                f"warmup_steps is {optim.warmup_steps}, expected fewer than the {steps} steps of the run; set "
+                f"optim.warmup_steps to at most {steps - 1}, or steps to more"
+            )
         return optim
 
 

@@ -226,24 +226,26 @@ def _build(loader: _Loader, node: yaml.Node, source: Path | str, path: tuple[str
 
 
 def _explain(error: ValidationError, model: type[BaseModel], origins: Origins, sources: str) -> str:
-    """The first problem, in one line, and how many more there are."""
+    """All problems, in one line."""
+    said: list[str] = []
     problems = error.errors(include_url=False)
-    # a misspelt key is also a missing one: the spelling is what to mend
-    first = next((problem for problem in problems if problem["type"] == "extra_forbidden"), problems[0])
-    path = tuple(str(part) for part in first["loc"])
-    key = ".".join(path)
-    where = next((origins[path[:n]] for n in range(len(path), 0, -1) if path[:n] in origins), sources)
-    if first["type"] == "extra_forbidden":
-        text = f"unknown key {key!r}{_nearest_key(path, model)}"
-    elif first["type"] == "missing":
-        text = f"{key}: missing; every configuration of kind {model.model_fields['kind'].default} sets it"
-    elif first["type"] == "value_error":
-        text = (f"{key}: " if key else "") + first["msg"].removeprefix("Value error, ")
-    else:
-        expected = first["msg"].replace("Input should be ", "expected ").replace("an object", "a mapping")
-        text = f"{key}: got {_show(first['input'])}, {expected[0].lower()}{expected[1:]}"
-    more = len(problems) - 1
-    return f"{where}: {text}" + (f" (and {more} more {'error' if more == 1 else 'errors'})" if more else "")
+    for problem in sorted(problems, key=lambda problem: problem["type"] != "extra_forbidden"):
+        path = tuple(str(part) for part in problem["loc"])
+        key = ".".join(path)
+        where = next((origins[path[:n]] for n in range(len(path), 0, -1) if path[:n] in origins), sources)
+        if problem["type"] == "extra_forbidden":
+            text = f"unknown key {key!r}{_nearest_key(path, model)}"
+        elif problem["type"] == "missing":
+            if any(f"did you mean {key!r}?" in text for text in said):  # a misspelt key is also a missing one
+                continue
+            text = f"{key}: missing; every configuration of kind {model.model_fields['kind'].default} sets it"
+        elif problem["type"] == "value_error":
+            text = (f"{key}: " if key else "") + problem["msg"].removeprefix("Value error, ")
+        else:
+            expected = problem["msg"].replace("Input should be ", "expected ").replace("an object", "a mapping")
+            text = f"{key}: got {_show(problem['input'])}, {expected[0].lower()}{expected[1:]}"
+        said.append(f"{where}: {text}")
+    return "; ".join(said)
 
 
 def _nearest_key(path: tuple[str, ...], model: type[BaseModel]) -> str:

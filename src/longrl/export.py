@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import tempfile
@@ -38,7 +39,9 @@ def export_command(run: str | Path, step: int | None, out: str | Path, merge_lor
     checkpoints = Checkpoints(run / CHECKPOINTS, keep=1)
     checkpoint = checkpoints.latest() if step is None else checkpoints.at(step)
     if checkpoint is None:
-        raise ValueError(f"{checkpoints.dir}: no complete checkpoint; give the directory of a run that has saved one")
+        inside = sorted(str(folder.parent) for folder in run.glob(f"*/{CHECKPOINTS}"))
+        mend = f"give {' or '.join(inside)}" if inside else "give the directory of a run that has saved one"
+        raise ValueError(f"{checkpoints.dir}: no complete checkpoint; {mend}")
     model = checkpoint.model_path
     generates = read_yaml(run / CONFIG_NAME).get("kind") == "flow"
     if merge_lora and generates:
@@ -61,7 +64,8 @@ def export_command(run: str | Path, step: int | None, out: str | Path, merge_lor
             os.replace(folder, out)
     except (OSError, SafetensorError) as error:
         what = getattr(error, "strerror", None) or error
-        raise OSError(f"cannot export to {out}: {what}; free space there or choose another --out") from error
+        free = "free space there or " if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) else ""
+        raise OSError(f"cannot export to {out}: {what}; {free}choose another --out") from error
     typer.echo(f"step {checkpoint.step} of {run} -> {out}")
 
 

@@ -110,6 +110,8 @@ def clips_of(
 
 def _load(model: str, clips: Sequence[Clip], prompt: str, about: dict[str, Any]):
     from longrl import load
+    from longrl.check import require_model
+    from longrl.config import ModelConfig
     from longrl.video.audio import count_samples
     from longrl.video.decode import count_frames
     from longrl.video.image import image_size
@@ -123,4 +125,5 @@ def _load(model: str, clips: Sequence[Clip], prompt: str, about: dict[str, Any])
             image_size(clip.path)
         else:
             count_samples(clip.path, clip.start_s, clip.end_s)
+    require_model(ModelConfig(path=model))
     return load(model, **about)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from typing import Annotated, Literal
 from urllib.parse import urlsplit
@@ -33,6 +34,12 @@ def variable_name(name: str | None) -> str | None:
     if name is not None and not re.fullmatch(r"[A-Z_][A-Z0-9_]{0,63}", name):
         raise ValueError("expected the name of an environment variable, such as OPENAI_API_KEY, and not a key")
     return name
+
+
+def key_problem(variable: str | None) -> str | None:
+    """Why there is no API key in an environment variable; None: there is, or none is wanted."""
+    there = variable is None or os.environ.get(variable, "").strip()
+    return None if there else f"the environment variable {variable} is not set"
 
 
 class LimitsConfig(Section):

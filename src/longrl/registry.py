@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import difflib
 import hashlib
 import importlib
+import importlib.machinery
 import importlib.util
 import sys
 from collections.abc import Iterable, Mapping
@@ -44,17 +46,59 @@ def require_name(name: str, known: Iterable[str], what: str) -> None:
     Raises:
         ValueError: as resolve.
     """
-    source, is_outside, _ = name.rpartition(":")
+    source, is_outside, attribute = name.rpartition(":")
     if not is_outside:
         if name not in (names := sorted(known)):
             near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
             hint = f"did you mean {near[0]!r}?" if near else "or write `package.module:attr` or `file.py:attr`"
             raise ValueError(f"unknown {what} {name!r}: expected one of {', '.join(names)}; {hint}")
-    elif source.endswith(".py"):
-        if not (path := Path(source).resolve()).is_file():
-            raise _cannot_be_imported(name, what, f"there is no file {path}")
-    elif not importlib.util.find_spec(source.partition(".")[0]):
-        raise _cannot_be_imported(name, what, f"there is no module {source!r}")
+        return
+    if source.endswith(".py"):
+        file = Path(source).resolve()
+        cause = None if file.is_file() else f"there is no file {file}"
+    else:
+        spec = _find(source)
+        file = Path(spec.origin) if spec and spec.origin else None
+        cause = None if spec else f"there is no module {source!r}"
+    if cause is None and file is not None and file.suffix == ".py":
+        cause = _lacks(file, attribute)
+    if cause:
+        raise _cannot_be_imported(name, what, cause)
+
+
+def _find(source: str) -> importlib.machinery.ModuleSpec | None:
+    """Where a module is, without importing the packages around it."""
+    first, *inner = source.split(".")
+    spec = importlib.util.find_spec(first)
+    for name in inner:
+        if spec is None or spec.submodule_search_locations is None:
+            return None
+        spec = importlib.machinery.PathFinder.find_spec(f"{spec.name}.{name}", spec.submodule_search_locations)
+    return spec
+
+
+def _lacks(file: Path, attribute: str) -> str | None:
+    """Why a file of Python cannot have an attribute, by its text; None: it may."""
+    try:
+        tree = ast.parse(file.read_bytes(), str(file))
+    except (OSError, SyntaxError, ValueError) as error:
+        return " ".join(str(error).split())
+    names: set[str] = set()
+    left: list[ast.AST] = [*tree.body]
+    while left:
+        node = left.pop()
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            names.add(node.name)
+            continue  # what it holds is not the module's
+        if isinstance(node, ast.alias):
+            names.add((node.asname or node.name).partition(".")[0])
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            names.add(node.id)
+        left += ast.iter_child_nodes(node)
+    if attribute in names or names & {"*", "__getattr__"}:
+        return None
+    near = difflib.get_close_matches(attribute, names, n=1, cutoff=0.5)
+    return f"there is no {attribute!r} in {file}" + (f", did you mean {near[0]!r}?" if near else "")
 
 
 def _cannot_be_imported(name: str, what: str, cause: str) -> ValueError:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, field_validator
@@ -29,6 +31,18 @@ def _expand_preset(rewards: Any) -> Any:
             f"there is no preset {rewards!r}, expected {' or '.join(REWARD_PRESETS)}, or names with weights"
         )
     return REWARD_PRESETS[rewards]
+
+
+def require_weights(weights: Mapping[str, float]) -> None:
+    """
+    Raises:
+        ValueError: a weight is not finite, or nothing has one.
+    """
+    for name, weight in weights.items():
+        if not math.isfinite(weight):
+            raise ValueError(f"rewards.{name}: the weight must be a finite number, got {weight}")
+    if not any(weights.values()):
+        raise ValueError(f"rewards: at least one reward needs a weight other than 0, got {dict(weights)}")
 
 
 Weights = Annotated[dict[str, float], BeforeValidator(_expand_preset)]

@@ -52,7 +52,7 @@ def test_a_reward_that_is_missing_stops_the_run_before_a_model_is_loaded(dataset
 
 def test_check_looks_rewards_up_without_importing_them(dataset, tmp_path, capsys):
     assert set(REWARD_NAMES) == {*REWARDS, "answer", "judge"}
-    (tmp_path / "mine.py").write_text("1 / 0\n")
+    (tmp_path / "mine.py").write_text("1 / 0\nreward = None\n")
     there = {"format": 0.1, "answer": 0.9, f"{tmp_path}/mine.py:reward": 0.0, "tests.e2e.rewards:first_token_even": 1.0}
     check_command(rl_config(dataset, tmp_path, rewards=there))
     assert "format, weight 0.1\n" in capsys.readouterr().out

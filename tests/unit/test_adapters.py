@@ -296,12 +296,18 @@ def said(*messages: tuple[str, Any], **columns: Any) -> dict[str, Any]:
         ({**VIDEO_R1, "solution": "<answer>7</answer>"}, "solution is '7', expected the letter of an option"),
         ({**VIDEO_R1, "problem_type": "numerical"}, "kind is number with 2 options"),
         ({**VIDEO_R1, "problem_type": "regression", "options": []}, "solution is 'B', expected a number"),
+        ({**VIDEO_R1, "options": ["A. one "]}, "options has 1 of them, expected 2 to 26; an open question has none"),
+        (
+            {**VIDEO_R1, "options": ["A. one ", "B. one"]},
+            "options has 'one' more than once, so which is right is ambig",
+        ),
+        ({**VIDEO_R1, "options": ["one", "one", "two"]}, "options has 'one' more than once"),
         ({**EASYR1, "problem_type": "grounding"}, "answer is '48', expected seconds from and to"),
         ({**VIDEO_R1, "options": "A. x"}, "options is 'A. x', expected a list"),
-        ({**EASYR1, "images": ["a.png"]}, "2 <image> marks in problem, but 1 image files"),
-        ({**EASYR1, "problem": "find x."}, "0 <image> marks in problem, but 2 image files"),
-        ({**EASYR1, "images": []}, "2 <image> marks in problem, but 0 image files"),
-        ({**EASYR1, "videos": ["a.mp4"]}, "0 <video> marks in problem, but 1 video files"),
+        ({**EASYR1, "images": ["a.png"]}, "marks <image> in problem: 2, image files: 1"),
+        ({**EASYR1, "problem": "find x."}, "marks <image> in problem: 0, image files: 2"),
+        ({**EASYR1, "images": []}, "marks <image> in problem: 2, image files: 0"),
+        ({**EASYR1, "videos": ["a.mp4"]}, "marks <video> in problem: 0, video files: 1"),
         ({**EASYR1, "image": "a.png"}, "it has image and images"),
         ({**EASYR1, "images": [{"width": 3}, "b.png"]}, r"images is \{'width': 3\}, expected one of bytes, path"),
         ({**EASYR1, "answer": ["48"]}, r"answer is \['48'\], expected a text"),
@@ -320,7 +326,7 @@ def said(*messages: tuple[str, Any], **columns: Any) -> dict[str, Any]:
         (part(video="data:video/mp4;base64,=?"), "expected data:TYPE;base64,BYTES"),
         (said(("user", [{"type": "image_url", "image_url": {"url": "a.png"}, "fps": 2}])), "fps 2, which is not"),
         (said(("user", [{"type": "scent", "scent": "x"}])), r"messages\[0\].content\[0\].type is 'scent'"),
-        (said(("user", [{"type": "image"}, "what?"])), "1 <image> marks in messages, but 0 image files"),
+        (said(("user", [{"type": "image"}, "what?"])), "marks <image> in messages: 1, image files: 0"),
         (said(("user", "what?"), ("user", None)), r"messages\[1\].content is missing"),
         (said(("user", [])), r"messages\[0\].content is \[\]"),
         (said(("tool", "x")), r"messages\[0\].role is 'tool', expected one of system, user, assistant"),
@@ -329,16 +335,18 @@ def said(*messages: tuple[str, Any], **columns: Any) -> dict[str, Any]:
         (said(("user", [{"type": "video", "video": "a.mp4"}])), "messages has no text to answer"),
         (said(("user", "what?"), tools=[{"name": "crop"}]), "tools is .*, which is not supported"),
         (said(("user", "what?"), objects={"bbox": []}), "objects is .*, which is not supported"),
+        (said(("assistant", "first")), "messages has only a response, expected the user's message before it"),
+        ({**TRL, "prompt": []}, r"prompt is \[\], expected a list of messages"),
         ({"messages": [], "answer": "x"}, r"messages is \[\], expected a list of messages"),
         ({"messages": [{"role": "user", "content": "what?", "loss": False}], "answer": "x"}, "has loss, which is not"),
         (said(("user", "what?"), answer=None), "answer is missing"),
         ({**TRL, "prompt": None}, "prompt is missing"),
-        ({**TRL, "prompt": [{"role": "user", "content": "<image>how?"}]}, "1 <image> marks in prompt, but 2 image"),
+        ({**TRL, "prompt": [{"role": "user", "content": "<image>how?"}]}, "marks <image> in prompt: 1, image files: 2"),
         ({**VERL, "reward_model": {"style": "rule"}}, "answer is missing"),
         ({**VERL, "reward_model": {"ground_truth": {"x": 1}}}, r"reward_model.ground_truth is \{'x': 1\}"),
         ({**VERL, "reward_model": None}, "reward_model is missing"),
         ({**VERL, "videos": [{"video": "a.mp4", "max_frames": 8}]}, "max_frames 8, which is not supported"),
-        ({**VERL, "videos": None}, "1 <video> marks in prompt, but 0 video files"),
+        ({**VERL, "videos": None}, "marks <video> in prompt: 1, video files: 0"),
         ({"id": "x", "question": "what?", "answer": "y", "fps": 2}, "video is missing, but fps says how to sample"),
         ({"colour": "red", "size": 3}, "no known format has the columns 'colour, size'; expected question .own."),
     ],
@@ -364,6 +372,24 @@ def test_demonstrations_need_a_response_and_no_answer(folder):
         load(folder, row)
     with pytest.raises(ValueError, match=r"rows\.jsonl:1 \(id '1'\): response is missing"):
         load(folder, said(("user", "what?")), demonstrations=True)
+
+
+@pytest.mark.parametrize(("base", "column"), [(VIDEO_R1, "process"), (LONGVIDEO, "reasoning")])
+@pytest.mark.parametrize("empty", ["", " \n", None])
+def test_an_empty_thought_is_none(folder, base, column, empty):
+    assert one(folder, {**base, column: empty}).response is None
+    with pytest.raises(ValueError, match="response is missing; supervised fine-tuning needs one"):
+        load(folder, {**base, column: empty}, demonstrations=True)
+
+
+def test_columns_that_are_null_are_absent(folder):
+    row = {"id": "x", "question": "what?", "answer": "y", "video": None, "image": None, "options": None}
+    assert one(folder, row).clips == ()
+    assert len(one(folder, {**row, "image": "a.png"}).clips) == 1
+
+
+def test_options_that_are_letters_alone_differ(folder):
+    assert one(folder, {**VIDEO_R1, "options": ["A.", "B."]}).kind == "choice"
 
 
 def test_configuration_knows_all_formats_and_kinds():

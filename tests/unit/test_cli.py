@@ -19,12 +19,12 @@ from longrl.stopping import Stopped
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 HEAVY = {"torch", "transformers", "av", "matplotlib", "tensorboard", "numpy"}
-BASE = "kind: rl\nrun_dir: runs/x\nmodel: {path: 'tiny:qwen2_5_vl'}\nsteps: 10\ndata: {train: rows.jsonl}\n"
+BASE = "kind: rl\nrun_dir: runs/x\nmodel: {path: 'tiny:qwen2_5_vl'}\nsteps: 10\ndata: {train: me/rows@train}\n"
+"""Rows of the hub, which a plan does not read."""
 
 
 @pytest.fixture
 def base(tmp_path: Path) -> Path:
-    (tmp_path / "rows.jsonl").touch()
     path = tmp_path / "base.yaml"
     path.write_text(BASE)
     return path
@@ -204,7 +204,7 @@ def test_check_of_several_processes(longrl, base, tmp_path, monkeypatch):
     done = longrl("check", base, "parallel.sp=6", "model.path=model")
     assert done.returncode == 2
     assert "parallel.sp: 4 KV heads cannot be dealt to 6 sequence-parallel ranks" in done.stderr
-    assert "parallel.sp is 6, but there are 8 processes: 8 = 1 x 6 + 2" in done.stderr
+    assert "parallel.sp is 6, but there are 8 processes, expected a multiple of 6; start so many" in done.stderr
 
 
 def test_check_plans_for_a_device(longrl, base):
@@ -221,7 +221,7 @@ def test_check_plans_for_a_device(longrl, base):
         "ok: the configuration is valid and fits; the model has yet to be downloaded from https://hugg" in done.stdout
     )
     refused = longrl("check", base, model, "parallel.sp=3", "--processes", "8")
-    assert "parallel.sp is 3, but there are 8 processes: 8 = 2 x 3 + 2" in refused.stderr
+    assert "parallel.sp is 3, but there are 8 processes, expected a multiple of 3" in refused.stderr
     assert "parallel.sp: 4 KV heads cannot be dealt to 3 sequence-parallel ranks" in refused.stderr
     done = longrl("check", base, "--device", "TPU")
     assert (done.stdout, done.stderr) == ("", "longrl: error: no device 'TPU'; known: A100-80G, H100, H200, CPU\n")
@@ -257,7 +257,7 @@ def test_version(longrl):
 def test_a_run_refuses_a_model_that_is_not_there(longrl, base):
     (base.parent / "rows.jsonl").write_text('{"id": 1, "video": "v.mp4", "question": "q", "answer": "a"}')
     (base.parent / "v.mp4").touch()
-    done = longrl("rl", base, "model.path=models/Qwen2.5-VL-7B-Instruct")
+    done = longrl("rl", base, "data.train=rows.jsonl", "model.path=models/Qwen2.5-VL-7B-Instruct")
     assert done.returncode == 2
     assert "(no config.json); download https://huggingface.co/Qwen/Qwen2.5-VL-7B-Instruct" in done.stderr
 
@@ -265,4 +265,6 @@ def test_a_run_refuses_a_model_that_is_not_there(longrl, base):
 def test_several_processes_need_to_be_started(longrl, base):
     done = longrl("rl", base, "parallel.sp=2")
     assert done.returncode == 2
-    assert done.stderr.startswith("longrl: error: parallel.sp is 2, but there is 1 process: 1 = 0 x 2 + 1; start a ")
+    assert done.stderr.startswith(
+        "longrl: error: parallel.sp is 2, but there is 1 process, expected a multiple of 2; start so"
+    )

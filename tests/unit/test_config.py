@@ -161,7 +161,11 @@ def test_unknown_key_names_the_nearest_and_the_line(line, words, base, tmp_path)
         ),
         ("optim.betas=[1]", "optim.betas.1: missing; every configuration of kind rl sets it"),
         ("video.num_frames=8", "video: set exactly one of fps and num_frames; write `fps: null` to use num_frames"),
-        ("optim.warmup_steps=10", "optim: warmup_steps is 10, expected fewer than the 10 steps of the run"),
+        (
+            "optim.warmup_steps=10",
+            "optim: warmup_steps is 10, expected fewer than the 10 steps of the run; "
+            "set optim.warmup_steps to at most 9, or steps to more",
+        ),
         (
             "rollout.top_k=50",
             "rollout: top_k is 50, but training must draw from the distribution of all tokens, as it scores under "
@@ -203,9 +207,26 @@ def test_wrong_type_in_a_file_names_the_line(tmp_path):
     assert message([path]) == f'{path}:7: optim.lr: got "fast", expected a valid number'
 
 
-def test_several_errors_give_the_first_and_how_many_more(base):
-    text = message([base], "steps=x", "optim.lr=y", "nope=1")
-    assert text.endswith("(and 2 more errors)")
+def test_all_errors_are_given(base):
+    assert message([base], "steps=x", "optim.lr=y", "nope=1", "stepps=2").split("; override") == [
+        "override 'nope=1': unknown key 'nope'; the keys here are "
+        + ", ".join(name for name in KINDS["rl"].model_fields),
+        " 'stepps=2': unknown key 'stepps'; did you mean 'steps'?",
+        " 'steps=x': steps: got \"x\", expected a valid integer",
+        " 'optim.lr=y': optim.lr: got \"y\", expected a valid number",
+    ]
+
+
+def test_a_misspelt_key_is_one_error(base, tmp_path):
+    path = write(tmp_path / "misspelt.yaml", base.read_text().replace("steps:", "stepps:"))
+    assert message([path]).endswith("unknown key 'stepps'; did you mean 'steps'?")
+
+
+def test_warm_up_longer_than_the_run_says_how_to_mend_it(base):
+    text = message([base], "optim.warmup_steps=3", "steps=2")
+    assert text.endswith(
+        "expected fewer than the 2 steps of the run; set optim.warmup_steps to at most 1, or steps to more"
+    )
 
 
 def test_missing_key_and_missing_kind(tmp_path):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import shutil
+
 import pytest
 import torch
 from transformers import LlamaForCausalLM
@@ -50,7 +53,7 @@ def test_export_refuses(tmp_path):
     for out in (tmp_path / "full", tmp_path / "full" / "mine.txt"):
         with pytest.raises(ValueError, match="not an empty folder"):
             export_command(tmp_path, 1, out)
-    with pytest.raises(OSError, match="choose another --out"):
+    with pytest.raises(OSError, match="File exists; choose another --out"):
         export_command(tmp_path, 1, tmp_path / "full" / "mine.txt" / "out")
     with pytest.raises(ValueError, match="trained no adapters"):
         export_command(tmp_path, 1, tmp_path / "out", merge_lora=True)
@@ -59,3 +62,22 @@ def test_export_refuses(tmp_path):
         export_command(tmp_path, 1, tmp_path / "out")
     assert not (tmp_path / "out").exists()
     assert (tmp_path / "full" / "mine.txt").read_text() == "mine"
+
+
+def test_export_of_a_folder_of_runs_names_them(tmp_path):
+    for name in ("sft", "rl"):
+        save(Checkpoints(tmp_path / name / CHECKPOINTS, keep=1), 1)
+    with pytest.raises(ValueError, match=f"no complete checkpoint; give {tmp_path}/rl or {tmp_path}/sft$"):
+        export_command(tmp_path, None, tmp_path / "out")
+
+
+def test_a_full_disk_says_so(tmp_path, monkeypatch):
+    (tmp_path / "config.yaml").write_text("kind: sft\n")
+    save(Checkpoints(tmp_path / CHECKPOINTS, keep=1), 1)
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(shutil, "copytree", full)
+    with pytest.raises(OSError, match="No space left on device; free space there or choose another --out"):
+        export_command(tmp_path, None, tmp_path / "out")

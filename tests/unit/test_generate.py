@@ -107,8 +107,8 @@ def test_the_span_and_sampling_decide_what_is_seen(generate):
     [
         ([], {"video": "gone.mp4"}, "gone.mp4: no such file"),
         ([], {"video": __file__}, "test_generate.py"),
-        ([], {"model": "gone"}, "model.path gone: not a Hugging Face folder"),
-        ([], {"model": "tiny:gone"}, "no family for model_type 'gone'; known: qwen2, qwen3, "),
+        ([], {"model": "gone"}, "model.path: gone is not a Hugging Face folder"),
+        ([], {"model": "tiny:gone"}, "no model family 'gone'; known: qwen2, qwen3, "),
         (["--dtype", "fp16"], {}, "longrl.load: dtype: got \"fp16\", expected 'float32', 'bfloat16' or 'float64'"),
         (["--start", 5, "--end", 2], {}, "the span 5.0 s to 2.0 s is empty"),
         (["--start", 50], {}, "is not within the video"),

@@ -286,9 +286,10 @@ def test_longrl_check_names_missing_checkpoints(tmp_path):
     (tmp_path / "c.yaml").write_text(f"{BASE}rewards: {{clip: 1.0, ocr: 1.0}}\nscorers: {{clip: {{path: no-such}}}}\n")
     config = load_config([tmp_path / "c.yaml"])
     assert isinstance(config, FlowConfig)
-    rows = {what: problem for what, _, problem in flow_rows(config)}
-    assert "hf download openai/clip-vit-large-patch14 --local-dir no-such" in (rows["clip"] or "")
-    assert rows["ocr"] is None
+    rows = {value: problem for _, value, problem in flow_rows(config)}
+    missing = rows["clip, weight 1: no-such"]
+    assert "hf download openai/clip-vit-large-patch14 --local-dir no-such" in (missing or "")
+    assert rows["ocr, weight 1: rapidocr"] is None
 
 
 # Failures

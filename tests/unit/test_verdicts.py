@@ -66,6 +66,18 @@ def test_a_verdict_on_every_row(check):
     assert done.stderr == f"longrl: error: {path}: 12 of 15 rows cannot be used\n"
 
 
+def test_a_message_names_the_file_once(check):
+    path, done = check({**VIDEO, "num_frames": 9000})
+    video = path.parent / "a.mp4"
+    assert f"{path}:1 (id 'ok'): {video}: num_frames must be 1 to 8192, got 9000\n" in done.stdout
+
+
+def test_rows_without_a_question_are_bad_rows(check):
+    _, done = check({"messages": [{"role": "assistant", "content": "first"}], "answer": "ball"}, {"messages": []})
+    assert done.stdout.endswith("2 rows: 2 bad_row\n")
+    assert done.returncode == 2
+
+
 def test_good_rows_and_what_is_printed(check):
     path, done = check(VIDEO, options=("--num-frames", 4))
     assert (done.returncode, done.stdout, done.stderr) == (0, f"{path}: 1 rows: 1 ok\n", "")
@@ -81,12 +93,20 @@ def test_good_rows_and_what_is_printed(check):
         (("--format", "easyr2"), "--format: got 'easyr2', expected one of auto, own, longvideo_reason"),
         (("--format", "messages"), "1 of 1 rows cannot be used"),
         (("--fps", 1, "--num-frames", 2), "--fps 1 and --num-frames 2: give one of them"),
+        (("--fps", 0), "error: --fps: fps: got 0.0, expected greater than 0\n"),
+        (("--fps", "nan"), "error: --fps: fps: got NaN, expected a finite number\n"),
+        (("--num-frames", -3), "error: --num-frames: num_frames: got -3, expected greater than or equal to 1\n"),
     ],
 )
 def test_wrong_options_are_refused(check, options, message):
     _, done = check(VIDEO, options=options)
     assert done.returncode == 2
     assert message in done.stderr
+
+
+def test_no_file_is_one_line_without_a_configuration(longrl, tmp_path):
+    done = longrl("data", "check", tmp_path / "no.jsonl")
+    assert (done.returncode, done.stderr) == (2, f"longrl: error: {tmp_path}/no.jsonl does not exist\n")
 
 
 def test_a_file_that_is_no_text_is_one_line(longrl, tmp_path):

@@ -46,15 +46,13 @@ def read_rows(path: str) -> tuple[Path | None, Rows]:
         folder = Path(name) if Path(name).is_dir() else None
         return folder, _numbered(f"{path} row ", _hub(name, split, path))
     if not file.is_file() and (problem := missing(path)):
-        raise ValueError(f"{problem}; check data.train and data.eval")
+        raise ValueError(problem)
     try:
         if file.suffix == ".parquet":
             return file.parent, _numbered(f"{path} row ", _parquet(file))
         content = file.read_bytes()
     except OSError as error:
-        raise ValueError(
-            f"{path}: cannot read the examples: {error.strerror}; check data.train and data.eval"
-        ) from error
+        raise ValueError(f"{path}: cannot read the examples: {error.strerror}") from error
     if b"\0" in content[:4096]:
         raise ValueError(f"{path}: not a text; expected a JSONL file, a JSON list (.json) or a table (.parquet)")
     if file.suffix == ".json" and content.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
@@ -106,7 +104,9 @@ def _parquet(file: Path) -> Iterator[dict[str, Any]]:
         for batch in ParquetFile(file).iter_batches(_BATCH):
             yield from batch.to_pylist()
     except pyarrow.ArrowException as error:
-        raise ValueError(f"{file}: not a whole parquet file: {error}; download or write it again") from error
+        raise ValueError(
+            f"{file}: not a whole parquet file ({f'{error}'.rstrip('.')}); download or write it again"
+        ) from error
 
 
 def _hub(name: str, split: str, path: str) -> Iterator[dict[str, Any]]:

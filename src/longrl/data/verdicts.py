@@ -11,6 +11,7 @@ from typing import Any
 import typer
 
 from longrl.config import DataConfig, VideoConfig
+from longrl.config_files import build_section
 from longrl.data.adapters.formats import FORMATS
 from longrl.data.adapters.row import VERDICTS, RowError
 from longrl.data.examples import check_exists, parse
@@ -61,7 +62,7 @@ def _look(clip: Clip) -> tuple[str, str | None]:
     except MediaError as error:
         return "unreadable_media", str(error)
     except ValueError as error:  # more frames than may be sampled
-        return "bad_row", f"{clip.path}: {error}"
+        return "bad_row", str(error)
     return "ok", None
 
 
@@ -101,9 +102,12 @@ def data_check_command(
         raise ValueError(f"--format: got {format_name!r}, expected one of auto, {', '.join(FORMATS)}")
     if fps is not None and num_frames is not None:
         raise ValueError(f"--fps {fps:g} and --num-frames {num_frames}: give one of them")
-    sampling = {"fps": fps or 1.0} if num_frames is None else {"fps": None, "num_frames": num_frames}
+    if num_frames is None:
+        video = build_section(VideoConfig, {} if fps is None else {"fps": fps}, "--fps")
+    else:
+        video = build_section(VideoConfig, {"fps": None, "num_frames": num_frames}, "--num-frames")
     data = DataConfig.model_validate({"format": format_name, "media_dir": media_dir})
-    rows = check_rows(path, data, VideoConfig.model_validate(sampling), demonstrations=demonstrations)
+    rows = check_rows(path, data, video, demonstrations=demonstrations)
     counts = Counter(row["verdict"] for row in rows)
     failed = len(rows) - counts["ok"]
     if as_json:

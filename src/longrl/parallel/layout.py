@@ -36,8 +36,8 @@ def require_world(size: int, sp: int) -> None:
     if size % sp:
         processes = "1 process" if size == 1 else f"{size} processes"
         raise ValueError(
-            f"parallel.sp is {sp}, but there {'is' if size == 1 else 'are'} {processes}: {size} = {size // sp} x {sp} "
-            f"+ {size % sp}; start a multiple of {sp} (torchrun --nproc-per-node {sp}) or choose another parallel.sp"
+            f"parallel.sp is {sp}, but there {'is' if size == 1 else 'are'} {processes}, expected a multiple "
+            f"of {sp}; start so many (torchrun --nproc-per-node {sp}) or choose another parallel.sp"
         )
 
 

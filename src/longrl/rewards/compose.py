@@ -23,7 +23,7 @@ from longrl.rewards.penalties import length_reward, repetition_reward
 from longrl.rewards.pool import Pool, RewardError
 from longrl.rewards.quantity import grounding_reward, number_of, number_reward, regression_reward, span_of
 from longrl.rewards.text import ocr_reward, plain_words, read_words, rouge_reward
-from longrl.scoring_config import ScoringConfig
+from longrl.scoring_config import ScoringConfig, require_weights
 from longrl.totals import Totals
 from longrl.types import Example, Group, Rollout, Scored
 
@@ -98,11 +98,7 @@ class Rewards:
         known: Mapping[str, Reward] = REWARDS,
         judge: Judge | None = None,
     ) -> None:
-        if not weights or not any(weights.values()):
-            raise ValueError(f"rewards: at least one reward needs a weight other than 0, got {weights}")
-        for name, weight in weights.items():
-            if not math.isfinite(weight):
-                raise ValueError(f"rewards.{name}: the weight must be a finite number, got {weight}")
+        require_weights(weights)
         self.weights, self.scoring = dict(weights), scoring
         self.judge = judge
         # `answer` is never looked up, but may be what a misspelt name meant

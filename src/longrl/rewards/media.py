@@ -21,6 +21,7 @@ from longrl.flow_types import Media, MediaPrompt, ScoredMedia
 from longrl.registry import resolve
 from longrl.rewards.media_scorer import Scorer, Scores
 from longrl.scorers_config import CLIPS, ScorersConfig
+from longrl.scoring_config import require_weights
 from longrl.totals import Totals
 
 logger = logging.getLogger(__name__)
@@ -103,8 +104,7 @@ class MediaRewards:
             ImportError: a scorer's extra is not installed.
             OSError, RuntimeError: a service's `dir` cannot be used.
         """
-        if not any(weights.values()):
-            raise ValueError(f"rewards: at least one reward needs a weight other than 0, got {dict(weights)}")
+        require_weights(weights)
         self.weights, self.scorers = dict(weights), scorers or ScorersConfig()
         self.failures: Counter[str] = Counter()
         self._recent: dict[str, deque[bool]] = defaultdict(lambda: deque(maxlen=_LOOKED_BACK))
@@ -112,7 +112,7 @@ class MediaRewards:
         self._rewards: dict[str, MediaReward] = {
             name: _scorer(name, self.scorers, processes)
             if name in self.scorers.names
-            else resolve(name, MEDIA_REWARDS, "reward")
+            else resolve(name, {**dict.fromkeys(self.scorers.names), **MEDIA_REWARDS}, "reward")  # all, for the message
             for name in names
         }
         self._loaded = [reward for reward in self._rewards.values() if isinstance(reward, Scorer)]

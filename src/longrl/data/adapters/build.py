@@ -70,6 +70,8 @@ class Draft:
 
 def build(draft: Draft, example_id: str, row: Row, system_prompt: str | None, default_kind: str | None) -> Example:
     """Raises RowError for whatever does not fit together."""
+    if not draft.turns:
+        raise row.error(f"{draft.question_name} has only a response, expected the user's message before it")
     if draft.turns[-1][0] != "user":
         raise row.error(f"{draft.question_name} ends with a message of the {draft.turns[-1][0]}, expected the user's")
     turns = _placed(draft, row)
@@ -118,8 +120,8 @@ def _placed(draft: Draft, row: Row) -> list[tuple[str, Content]]:
             front += files
         elif marks != len(files):
             raise row.error(
-                f"{marks} <{kind}> marks in {draft.question_name}, but {len(files)} {kind} files; give one mark for "
-                f"each file",
+                f"marks <{kind}> in {draft.question_name}: {marks}, {kind} files: {len(files)}; give one mark for each "
+                f"file",
                 "media_count",
             )
     waiting = {kind: iter(files) for kind, files in draft.media.items()}
@@ -151,11 +153,21 @@ def _options(options: list[Any], row: Row) -> list[str]:
         raise row.error(f"options is {short(options)}, expected a list of texts")
     if len(options) not in range(2, len(ascii_uppercase) + 1):
         raise row.error(
-            f"{len(options)} options, expected 2 to {len(ascii_uppercase)}; leave them out of an open question"
+            f"options has {len(options)} of them, expected 2 to {len(ascii_uppercase)}; an open question has none"
         )
     pairs = list(zip(ascii_uppercase, options, strict=False))
-    lettered = [re.match(rf"\s*\(?{letter}[.):]", option) is not None for letter, option in pairs]
-    return options if all(lettered) else [f"{letter}. {option}" for letter, option in pairs]
+    marks = [re.match(rf"\s*\(?{letter}[.):]", option) for letter, option in pairs]
+    lettered = all(marks)
+    bare = [
+        option[mark.end() if mark and lettered else 0 :].strip() for mark, option in zip(marks, options, strict=True)
+    ]
+    if twice := [
+        one for one in bare if one and bare.count(one) > 1
+    ]:  # letters alone may stand for what a picture shows
+        raise row.error(
+            f"options has {short(twice[0])} more than once, so which is right is ambiguous; make them differ"
+        )
+    return options if lettered else [f"{letter}. {option}" for letter, option in pairs]
 
 
 def _append(turns: list[tuple[str, Content]], options: list[str]) -> None:

@@ -31,9 +31,6 @@ def own(row: Row, media: MediaReader) -> Draft:
     "start_s", "end_s", "fps", "num_frames"}; without media: a question about text alone."""
     sampling = {name: row.get(name) for name in ("start_s", "end_s", "fps", "num_frames")}
     files = _columns(row, media, {name: value for name, value in sampling.items() if value is not None})
-    for kind in MEDIA_KINDS:
-        if not files and kind in row.empty:
-            raise row.wrong(kind, None, "a file; leave the column out of a question about text alone")
     draft = Draft(
         turns=[("user", [row.text("question")])],
         media=files,
@@ -52,7 +49,7 @@ def longvideo_reason(row: Row, media: MediaReader) -> Draft:
     "reasoning", "answer"}. Options are in the problem; reasoning and answer make a response."""
     draft = _problem(row, media, "videos", "answer")
     category = str(draft.kind).casefold().partition(" ")[0]
-    reasoning, answer = _optional(row, "reasoning"), None if draft.answer is None else str(draft.answer)
+    reasoning, answer = _thought(row, "reasoning"), None if draft.answer is None else str(draft.answer)
     if reasoning and "<think>" not in reasoning:
         reasoning = f"<think>{reasoning}</think>"
     if answer and "<answer>" not in answer:
@@ -66,7 +63,7 @@ def video_r1(row: Row, media: MediaReader) -> Draft:
     """Video-R1 (arXiv 2503.21776): {"problem_id", "problem", "data_type", "problem_type", "options", "solution":
     "<answer>B</answer>", "path"}, and "process", the demonstrated thought, in its CoT data."""
     draft = _problem(row, media, "path", "solution")
-    process = _optional(row, "process")
+    process = _thought(row, "process")
     response = f"{process}\n{draft.answer}" if process and draft.answer is not None else None
     return replace(draft, options=_optional_list(row, "options"), response=response)
 
@@ -287,6 +284,12 @@ def _pop_response(turns: list[tuple[str, Content]], row: Row) -> str | None:
 
 def _optional(row: Row, name: str) -> str | None:
     return None if row.get(name) is None else row.text(name)
+
+
+def _thought(row: Row, name: str) -> str | None:
+    """A column of demonstrated thoughts, which is empty in rows that have none."""
+    got = row.get(name)
+    return None if isinstance(got, str) and not got.strip() else _optional(row, name)
 
 
 def _optional_list(row: Row, name: str) -> list[Any]:

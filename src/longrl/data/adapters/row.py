@@ -37,7 +37,6 @@ class Row:
             number: of the row in its file, from 1.
         """
         self.columns = {name: value for name, value in columns.items() if value is not None}
-        self.empty = frozenset(columns) - frozenset(self.columns)
         self.where, self.number = where, number
         self._read: set[str] = set()
 

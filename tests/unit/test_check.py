@@ -1,0 +1,146 @@
+"""What `longrl check` refuses because a run would, at its start. More of it: test_cli.py, test_flow_check.py."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from longrl.algo.losses import LOSSES
+from longrl.algo_config import LOSS_NAMES
+from longrl.check import check_command, require_model
+from longrl.config import ModelConfig
+from longrl.config_files import load_config
+from longrl.registry import require_name, resolve
+from longrl.rewards.media import MEDIA_REWARDS
+from longrl.scorers_config import TOYS
+
+ROW = {"id": 1, "question": "1 + 1?", "answer": "2"}
+BASE = {
+    "kind": "rl",
+    "run_dir": "runs/x",
+    "model": {"path": "tiny:qwen2"},
+    "steps": 10,
+    "data": {"train": "rows.jsonl"},
+}
+
+
+@pytest.fixture
+def check(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("rows.jsonl").write_text(json.dumps(ROW))
+
+    def run(**settings):
+        Path("run.yaml").write_text(json.dumps({**BASE, **settings}))
+        check_command(load_config([Path("run.yaml")]))
+
+    return run
+
+
+def test_names_that_need_torch_are_those_that_it_would_find():
+    assert set(LOSS_NAMES) == set(LOSSES)
+    assert set(TOYS) == set(MEDIA_REWARDS)
+
+
+OWN = """\
+import os.path, json as text
+try:
+    from math import *
+except ImportError:
+    fallback = 1
+def short(example, rollout):
+    inside = 1
+    return 0.0
+a, (b, *c) = 1, (2, 3)
+"""
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (
+            {"algo": {"loss": "clp"}},
+            r"algo\.loss: unknown loss 'clp': expected one of cispo, clip, gspo; did you mean 'c",
+        ),
+        ({"algo": {"advantage": "grop"}}, r"algo\.advantage: unknown advantage 'grop'.*did you mean 'grpo'\?"),
+        (
+            {"algo": {"loss": "own.py:lose"}},
+            r"loss 'own\.py:lose' cannot be imported: there is no 'lose' in .*/own\.py",
+        ),
+        ({"rewards": {"no.py:short": 1}}, r"there is no file .*/no\.py"),
+        (
+            {"rewards": {"own.py:shrt": 1}},
+            r"there is no 'shrt' in .*/own\.py, did you mean 'short'\?; expected `package",
+        ),
+        ({"rewards": {"own.py:inside": 1}}, r"there is no 'inside' in"),
+        ({"rewards": {"bad.py:short": 1}}, r"reward 'bad\.py:short' cannot be imported: .*bad\.py, line 1"),
+        ({"rewards": {"longrl.rewards.txt:x": 1}}, r"there is no module 'longrl\.rewards\.txt'"),
+        ({"rewards": {"longrl.rewards.text:rouge": 1}}, r"there is no 'rouge' in .*did you mean 'rouge_n'\?"),
+        ({"rewards": {"format": 0}}, "at least one reward needs a weight other than 0"),
+        ({"scoring": {"by_kind": {"open": "rogue"}}}, "unknown reward 'rogue'.*did you mean 'rouge'"),
+    ],
+)
+def test_names_of_losses_advantages_and_rewards(check, settings, words):
+    Path("own.py").write_text(OWN.replace("from math import *", "from math import pi"))
+    Path("bad.py").write_text("def short(:\n")
+    with pytest.raises(ValueError, match=f"the run cannot start: .*{words}"):
+        check(**settings)
+
+
+def test_names_of_ones_own_are_looked_up_and_nothing_is_run(check):
+    Path("own.py").write_text(OWN.replace("from math import *", "raise SystemExit"))
+    check(algo={"loss": "own.py:short", "advantage": "longrl.algo.advantages:grpo"}, rewards={"own.py:b": 1})
+    for name in ("own.py:c", "own.py:os", "own.py:text", "own.py:fallback", "json:loads"):
+        require_name(name, (), "reward")
+    Path("own.py").write_text(OWN)
+    for name in ("own.py:pi", "math:pi"):  # by a star, whose names are not known; a module that is compiled
+        require_name(name, (), "reward")
+        resolve(name, {}, "reward")
+    with pytest.raises(ValueError, match=r"there is no 'lodas' in .*, did you mean 'loads'"):
+        require_name("json:lodas", (), "reward")
+
+
+def test_names_of_a_quickstart(check):
+    quickstart = {
+        "kind": "quickstart",
+        "videos": {"dir": "v"},
+        "model": {"path": "tiny:qwen2_5_vl"},
+        "sft": {"steps": 2},
+    }
+    Path("q.yaml").write_text(json.dumps({**quickstart, "rl": {"steps": 2, "algo": {"loss": "clp"}}}))
+    with pytest.raises(ValueError, match=r"rl\.algo\.loss: unknown loss 'clp'"):
+        check_command(load_config([Path("q.yaml")]))
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ({**ROW, "answer": ""}, r"bad\.jsonl:1 \(id '1'\): answer is '', expected a text that is not empty"),
+        ({**ROW, "video": "gone.mp4"}, "video gone.mp4: no such file; mend the row, or set data.on_error to skip"),
+        ("", "no usable example in 0 rows"),
+    ],
+)
+def test_rows_that_a_run_refuses(check, row, words):
+    Path("bad.jsonl").write_text(row and json.dumps(row))
+    with pytest.raises(ValueError, match=rf"data\.train: .*{words}"):
+        check(data={"train": "bad.jsonl"})
+    held_out = {"train": "rows.jsonl", "eval": "bad.jsonl"}
+    check(data=held_out)  # which it does not read
+    with pytest.raises(ValueError, match=rf"data\.eval: .*{words}"):
+        check(data=held_out, eval_every_steps=5)
+    with pytest.raises(ValueError, match=r"data\.train: .*response is missing"):
+        check(kind="sft")
+    check(data={"train": "of/the-hub@train"})
+
+
+def test_the_model_in_a_folder_of_the_wrong_level_is_named(tmp_path):
+    for run, step in (("sft", 450), ("rl", 20), ("rl", 40)):
+        folder = tmp_path / run / "checkpoints" / f"step_{step:06d}" / "model"
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text("{}")
+    sft, rl = (f"{tmp_path}/{run}/checkpoints/step_{step}/model" for run, step in (("sft", "000450"), ("rl", "000040")))
+    for path, named in ((f"{rl}/..", rl), (tmp_path / "rl", rl), (tmp_path, f"{rl} or {sft}")):
+        with pytest.raises(ValueError, match=r"not a Hugging Face folder \(no config\.json\); did you mean ") as caught:
+            require_model(ModelConfig(path=str(path)))
+        assert str(caught.value).replace("/model/../model", "/model").endswith(f"did you mean {named}?")
