@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from longrl.data.media_prompts import load_prompts
-from longrl.flow_config import FlowConfig, MediaConfig
+from longrl.flow_config import FlowConfig, MediaConfig, Sides, require_multiples
 from longrl.judge_config import key_problem
 from longrl.models.media import pipeline_class
 from longrl.registry import require_name
@@ -25,12 +25,7 @@ TWINS: dict[str, dict[str, dict[str, Any]]] = {
         "vae": {"scale_factor_spatial": 2, "scale_factor_temporal": 2},
     },
 }
-"""Of models/tiny_diffusion.py: part -> what its config.json would say."""
-
-Limits = tuple[Mapping[str, tuple[int, int | None]], int | None]
-"""Side -> (what it is a multiple of, the most of it); what frames after the first are a multiple of, None: images.
-
-What a config.json leaves out has diffusers' default."""
+"""Of models/tiny_diffusion.py: part -> what its config.json would say. What one leaves out has diffusers' default."""
 
 
 def flow_rows(config: FlowConfig) -> Iterator[tuple[str, str, str | None]]:
@@ -105,30 +100,16 @@ def require_size(path: str, media: MediaConfig) -> None:
         sides, frames = limits(transformer, vae)
     except (OSError, KeyError, TypeError, ValueError):  # the run says what is wrong with the folder
         return
-    for side, (unit, largest) in sides.items():
-        value = getattr(media, side)
-        if value % unit or (largest and value > largest):
-            near, most = max(round(value / unit), 1) * unit, f" up to {largest}" if largest else ""
-            raise ValueError(
-                f"media.{side} is {value}, expected a multiple of {unit}{most}, as the model's autoencoder and patches "
-                f"need; use {min(near, largest or near)}"
-            )
-    if frames is None and media.frames != 1:
-        raise ValueError(f"media.frames is {media.frames}, but the model makes images; set it to 1")
-    if frames is not None and (media.frames - 1) % frames:
-        raise ValueError(
-            f"media.frames is {media.frames}, expected 1 + a multiple of {frames}, as the model's autoencoder needs; "
-            f"use {round((media.frames - 1) / frames) * frames + 1}"
-        )
+    require_multiples(media.height, media.width, media.frames, sides, frames)
 
 
-def _image_limits(transformer: dict[str, Any], vae: dict[str, Any]) -> Limits:
+def _image_limits(transformer: dict[str, Any], vae: dict[str, Any]) -> tuple[Sides, int | None]:
     unit = 2 ** (len(vae["block_out_channels"]) - 1) * transformer.get("patch_size", 2)
     side = unit, transformer.get("pos_embed_max_size", 96) * unit
     return {"height": side, "width": side}, None
 
 
-def _video_limits(transformer: dict[str, Any], vae: dict[str, Any]) -> Limits:
+def _video_limits(transformer: dict[str, Any], vae: dict[str, Any]) -> tuple[Sides, int | None]:
     space = vae.get("scale_factor_spatial", 8)
     _, height, width = transformer.get("patch_size", (1, 2, 2))
     # 16: the pipeline asks for it

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -48,6 +49,35 @@ class MediaConfig(Section):
     """1: images."""
     fps: Annotated[float, Field(gt=0)] = 16.0
     """Of videos."""
+
+
+Sides = Mapping[str, tuple[int, int | None]]
+"""height and width -> what it is a multiple of, and the most of it; None: no most."""
+
+
+def require_multiples(height: int, width: int, frames: int, sides: Sides, temporal: int | None) -> None:
+    """
+    Args:
+        temporal: what frames after the first are a multiple of; None: the model makes images.
+
+    Raises:
+        ValueError: media of this size cannot be made.
+    """
+    for side, value in (("height", height), ("width", width)):
+        unit, largest = sides[side]
+        if value < 1 or value % unit or (largest and value > largest):
+            near, most = max(round(value / unit), 1) * unit, f" up to {largest}" if largest else ""
+            raise ValueError(
+                f"media.{side} is {value}, expected a multiple of {unit}{most}, as the model's autoencoder and patches "
+                f"need; use {min(near, largest or near)}"
+            )
+    if temporal is None and frames != 1:
+        raise ValueError(f"media.frames is {frames}, but the model makes images; set it to 1")
+    if temporal is not None and (frames < 1 or (frames - 1) % temporal):
+        raise ValueError(
+            f"media.frames is {frames}, expected 1 + a multiple of {temporal}, as the model's autoencoder needs; use "
+            f"{max(round((frames - 1) / temporal), 0) * temporal + 1}"
+        )
 
 
 class SamplingConfig(Section):

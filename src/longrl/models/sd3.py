@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from longrl.flow_config import require_multiples
 from longrl.flow_types import TextEmbeds
 from longrl.models.diffusion import MediaFamily, pixels
 
@@ -24,16 +25,8 @@ class SD3(MediaFamily):
 
     def require_size(self, height: int, width: int, frames: int) -> None:
         unit = self.pipe.vae_scale_factor * self.pipe.patch_size
-        largest = self.transformer.config.pos_embed_max_size * unit
-        if frames != 1:
-            raise ValueError(f"media.frames is {frames}, but the model makes images; set it to 1")
-        for name, value in (("height", height), ("width", width)):
-            if value % unit or not 0 < value <= largest:
-                near = min(max(round(value / unit), 1) * unit, largest)
-                raise ValueError(
-                    f"media.{name} is {value}, expected a multiple of {unit} up to {largest}, as the model's "
-                    f"autoencoder and patches need; use {near}"
-                )
+        side = unit, self.transformer.config.pos_embed_max_size * unit
+        require_multiples(height, width, frames, {"height": side, "width": side}, None)
 
     def latent_shape(self, height: int, width: int, frames: int) -> tuple[int, ...]:
         scale = self.pipe.vae_scale_factor

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from longrl.flow_config import require_multiples
 from longrl.flow_types import TextEmbeds
 from longrl.models.diffusion import MediaFamily, pixels
 
@@ -32,20 +33,10 @@ class Wan(MediaFamily):
         return self.transformer.blocks
 
     def require_size(self, height: int, width: int, frames: int) -> None:
-        _, *patch = self.transformer.config.patch_size
-        for name, value, side in (("height", height, patch[0]), ("width", width, patch[1])):
-            unit = max(self.pipe.vae_scale_factor_spatial * side, 16)  # 16: the pipeline asks for it
-            if value <= 0 or value % unit:
-                raise ValueError(
-                    f"media.{name} is {value}, expected a multiple of {unit}, as the model's autoencoder and patches "
-                    f"need; use {max(round(value / unit), 1) * unit}"
-                )
-        unit = self.pipe.vae_scale_factor_temporal
-        if (frames - 1) % unit or frames < 1:
-            raise ValueError(
-                f"media.frames is {frames}, expected 1 + a multiple of {unit}, as the model's autoencoder needs; use "
-                f"{max(round((frames - 1) / unit), 0) * unit + 1}"
-            )
+        _, *patches = self.transformer.config.patch_size
+        # 16: the pipeline asks for it
+        tall, wide = ((max(self.pipe.vae_scale_factor_spatial * patch, 16), None) for patch in patches)
+        require_multiples(height, width, frames, {"height": tall, "width": wide}, self.pipe.vae_scale_factor_temporal)
 
     def latent_shape(self, height: int, width: int, frames: int) -> tuple[int, ...]:
         space, time = self.pipe.vae_scale_factor_spatial, self.pipe.vae_scale_factor_temporal
