@@ -206,8 +206,10 @@ def _summary(results: Mapping[str, EvalResult], steps: list[dict[str, Any]]) -> 
 
 def _show(summary: dict[str, Any], report: Path) -> None:
     """Prints what was measured beside what is promised."""
-    typer.echo(f"{'':54}{'measured':>9}")
-    for check in checks(summary):
+    found = checks(summary)
+    wide = max(len(check.what) for check in found)
+    typer.echo(f"{'':{wide}}{'measured':>9}")
+    for check in found:
         verdict = {True: "held", False: "NOT HELD", None: ""}[check.holds]
-        typer.echo(f"{check.what:<54}{check.value:>9}  {check.bound:<32}{verdict}".rstrip())
+        typer.echo(f"{check.what:<{wide}}{check.value:>9}  {check.bound:<32}{verdict}".rstrip())
     typer.echo(f"report: {report}")
