@@ -80,12 +80,10 @@ def train_rl(config: RlConfig, ranks: Ranks = ALONE) -> Path:
                 norm, lr = _update(training, step, batch, parts, config, metrics)
                 engine.update_weights()
                 totals = Totals.sum(gather(parts, lambda part: part.totals))
-                for name, value in totals.metrics(config.algo.updates_per_batch).items():
+                loop = {"grad_norm": norm, "lr": lr, "cache/hit_rate": training.build.hit_rate}
+                loop["data/skipped"] = len(skips.names)
+                for name, value in (totals.metrics(config.algo.updates_per_batch) | loop).items():
                     metrics.log(name, value)
-                metrics.log("grad_norm", norm)
-                metrics.log("lr", lr)
-                metrics.log("cache/hit_rate", training.build.hit_rate)
-                metrics.log("data/skipped", len(skips.names))
                 if held_out and training.is_due(step, config.eval_every_steps):
                     with metrics.time("evaluation"):
                         result = evaluate(

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import runpy
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
-from longrl.config import RlConfig
+from longrl import types
+from longrl.config import DataConfig, RlConfig
 from longrl.config_files import KINDS, load_arguments, load_config, save_config
+from longrl.data.adapters.formats import FORMATS
 
 ROOT = Path(__file__).parents[2]
 SHIPPED = sorted((ROOT / "configs").rglob("*.yaml"))
@@ -297,3 +300,9 @@ def test_shipped_configuration_parses_and_saves(path, tmp_path):
 def test_the_configuration_page_is_up_to_date():
     script = runpy.run_path(str(ROOT / "docs" / "make_config_page.py"))
     assert (ROOT / "docs" / "config.md").read_text(encoding="utf-8") == script["make_page"](), "run `make docs`"
+
+
+def test_configuration_knows_all_formats_and_kinds():
+    named = {name: get_args(DataConfig.model_fields[name].annotation) for name in ("format", "kind")}
+    assert named["format"] == ("auto", *FORMATS)
+    assert get_args(named["kind"][0]) == types.KINDS
