@@ -1,6 +1,7 @@
 """Rewards: the format, the answer, their weighted sum, and what happens when one cannot score."""
 
 import logging
+from dataclasses import replace
 
 import pytest
 import torch
@@ -137,9 +138,10 @@ def test_too_many_failures_stop_the_run():
 def test_a_reward_that_has_never_worked_stops_the_run_and_says_why_once(caplog):
     name = f"{__name__}:not_a_number"
     rewards = build({name: 1.0})
-    rewards(group(*["a"] * 15))
-    with pytest.raises(RuntimeError, match=r"has failed on 16 of its last 16 responses, none was scored"):
-        rewards(group("b"))
+    one = group(*["a"] * 20)
+    rewards(one)  # of one example, which may be at fault
+    with pytest.raises(RuntimeError, match=r"has failed on 21 of its last 21 responses, none was scored"):
+        rewards(replace(one, example=replace(one.example, id="another")))
     assert len([line for line in caplog.messages if "failed: " in line]) == 1
 
 

@@ -76,7 +76,7 @@ _TRUTHS: dict[str, Callable[[Example], Any]] = {
 _CUT_OFF = Rollout(token_ids=(), logprobs=(), text="", finish_reason="length", policy_version=0)
 
 _AT_FIRST = 16
-"""Calls of a reward, all of which fail: it does not work."""
+"""Calls of a reward for several examples, all of which fail: it does not work. (A judge may be away for a while.)"""
 _LOOKED_BACK = 1000
 """Calls of a reward of which `scoring.max_failures` may fail."""
 
@@ -106,6 +106,8 @@ class Rewards:
         self.failures: Counter[str] = Counter()
         self._recent: dict[str, deque[bool]] = defaultdict(lambda: deque(maxlen=_LOOKED_BACK))
         self._warned: set[tuple[str, str]] = set()
+        self._failing: dict[str, set[str]] = defaultdict(set)
+        """By name, the examples that a reward has failed on."""
         keys = {key for model in (judge.models if judge else ()) if (key := model.config.key_env)}
         self._pool = Pool(scoring.workers, scoring.timeout_s, int(scoring.memory_gib * 2**30), keys)
         self._bound: dict[str, Reward] = {}
@@ -205,7 +207,7 @@ class Rewards:
                 parts[name] = None
                 failed.append(name)
                 self._warn(name, example, f"{type(error).__name__}: {error}")
-            self._count(name, name in failed)
+            self._count(name, example, name in failed)
         # A reward of weight 0 is only watched: it cannot keep a rollout from being trained.
         weighted = {name: weight for name, weight in self.weights.items() if weight and name in parts}
         known = [weight * part for name, weight in weighted.items() if (part := parts[name]) is not None]
@@ -238,16 +240,17 @@ class Rewards:
                 "reward %s of example %s failed: %s (said once; failures are counted)", name, example.id, why
             )
 
-    def _count(self, name: str, has_failed: bool) -> None:
+    def _count(self, name: str, example: Example, has_failed: bool) -> None:
         recent = self._recent[name]
         recent.append(has_failed)
         self.failures[name] += has_failed
         if not has_failed:
             return
+        self._failing[name].add(example.id)
         count = sum(recent)
         if count > self.scoring.max_failures:
             allowed = f"scoring.max_failures allows {self.scoring.max_failures}"
-        elif count == len(recent) == _AT_FIRST:
+        elif count == len(recent) >= _AT_FIRST and len(self._failing[name]) > 1 and name != "judge":
             allowed = "none was scored"
         else:
             return
