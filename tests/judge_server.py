@@ -132,10 +132,14 @@ MALFORMED = [
 
 
 class JudgeServer:
-    """Serves while it is entered, in a thread of its own. `behave` may be replaced meanwhile."""
+    """Serves while it is entered, in a thread of its own. `behave` may be replaced meanwhile.
 
-    def __init__(self, behave: Behaviour = numbered, delay_s: float = 0.0) -> None:
+    Answers only when it is asked `together` questions at once, and then all of them.
+    """
+
+    def __init__(self, behave: Behaviour = numbered, delay_s: float = 0.0, together: int = 1) -> None:
         self.behave, self.delay_s = behave, delay_s
+        self._together = asyncio.Barrier(together)
         self.asked: list[Asked] = []
         self.most_at_once = 0
         self._at_once = 0
@@ -191,6 +195,7 @@ class JudgeServer:
                 try:
                     reply = self.behave(asked)
                     asked.what = reply.what
+                    await self._together.wait()
                     await asyncio.sleep(reply.delay_s or self.delay_s)
                     if reply.hang:
                         await reader.read()

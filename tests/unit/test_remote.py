@@ -66,27 +66,15 @@ def test_a_storm_loses_nothing_and_pays_nothing_twice(tmp_path):
     assert counted["judge/from_cache"] == STORM_CALLS
 
 
-def test_sixty_four_at_once_are_thirty_times_as_fast_as_one(tmp_path):
-    with JudgeServer(delay_s=0.5) as server:
-        serial = Judge(make(server, tmp_path, {"concurrency": 1}))
-        began = time.monotonic()
-        wait([ask(serial, f"Slowly, {i}?") for i in range(3)])
-        one_s = (time.monotonic() - began) / 3
+def test_sixty_four_are_asked_at_once(tmp_path):
+    """Of whom none is answered before all are there: four rounds, where one at a time takes 256. In calls a second:
+    benchmarks/judge.py."""
+    with JudgeServer(together=64) as server:
         judge = Judge(make(server, tmp_path))
-        for attempt in range(3):
-            began = time.monotonic()
-            futures = [ask(judge, f"What, {attempt}, is {i}?") for i in range(256)]
-            assert [future.result() for future in futures] == [score_of(i) / 10 for i in range(256)]
-            times = 256 * one_s / (time.monotonic() - began)
-            if times > 30:
-                break
+        futures = [ask(judge, f"What is {i}?") for i in range(256)]
+        assert [future.result() for future in futures] == [score_of(i) / 10 for i in range(256)]
+    assert len(server.asked) == 256
     assert server.most_at_once == 64
-    load, cpus = os.getloadavg()[0], os.cpu_count() or 1
-    if times <= 30 and load > 2 * cpus:
-        pytest.skip(
-            f"{times:.0f} times with a load of {load:.0f} on {cpus} cores; benchmarks/judge.py, where it is quiet"
-        )
-    assert times > 30
 
 
 @pytest.mark.parametrize("limit", ["requests", "tokens"])

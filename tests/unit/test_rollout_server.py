@@ -123,14 +123,14 @@ def test_a_server_that_fails_late_and_then_hangs_is_given_up_before_other_ranks_
     """They wait longer than timeout_s and retry_s together, as the configuration is made to say."""
 
     def late(number: int) -> Reply:
-        time.sleep(10 if number else 1.8)
+        time.sleep(20 if number else 3.6)
         return 500, b"lost its GPU"
 
     with serving(late) as url:
         began = time.monotonic()
         with pytest.raises(ServerLostError, match="no answer within"):
-            ask(url, timeout_s=2, retry_s=0.5)
-        assert time.monotonic() - began < 3.5
+            ask(url, timeout_s=4, retry_s=0.5)
+        assert time.monotonic() - began < 7  # 3.6 + 4 where each has a time of its own
 
 
 @pytest.mark.parametrize(
