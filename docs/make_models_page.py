@@ -67,14 +67,22 @@ def promised() -> set[tuple[str, str]]:
 
 
 def passed() -> set[tuple[str, str]]:
-    """Runs them; the cells all of whose tests passed."""
+    """Runs them; the cells whose tests passed.
+
+    Raises:
+        RuntimeError: A cell's test was not run.
+    """
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder, "report.xml")
         command = [sys.executable, "-m", "pytest", "-n", "auto", "--dist", "loadfile", "tests/families", "--junitxml"]
         subprocess.run([*command, str(report)], cwd=ROOT, check=False)
-        cases = ElementTree.parse(report).iter("testcase")
-        # test_sp[vila]; a failure or a skip is an element within
-        return {tuple(case.get("name", "").rstrip("]").split("[", 1)) for case in cases if len(case) == 0}  # pyright: ignore[reportReturnType]
+        found: dict[tuple[str, str], bool] = {}
+        for case in ElementTree.parse(report).iter("testcase"):
+            test, _, family = case.get("name", "").rstrip("]").partition("[")  # test_sp[vila]
+            found[test, family] = found.get((test, family), True) and len(case) == 0  # else a failure or a skip
+    if lost := promised() - found.keys():
+        raise RuntimeError(f"not run: {sorted(lost)}")
+    return {cell for cell, has_passed in found.items() if has_passed}
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Iterator
-from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from longrl.config import (
     AnswerConfig,
     AnyConfig,
     DataRunConfig,
+    EvalRunConfig,
     JudgedConfig,
     LoopConfig,
     ModelConfig,
@@ -32,18 +32,21 @@ from longrl.config import (
 )
 from longrl.data.examples import load_examples
 from longrl.data.rows import missing
+from longrl.evals.controls import require_control
 from longrl.flow_config import FlowConfig
 from longrl.judge_config import key_problem
 from longrl.models import FAMILIES, base_path, tiny_family
 from longrl.parallel.layout import require_heads, require_world
 from longrl.plan.devices import find_device
 from longrl.plan.plan import make_plan
-from longrl.plan.shapes import known_source, shape_of
+from longrl.plan.shapes import ModelShape, known_source, shape_of
 from longrl.plan.text import plan_lines, refusal
 from longrl.registry import require_name
+from longrl.rewards.compose import REWARDS, bound, require_truth
+from longrl.rewards.maths import require_math_verify
 from longrl.rollout.vllm_rules import choose_engine, with_engine
 from longrl.runtime import CHECKPOINTS, rank_and_size
-from longrl.scoring_config import REWARD_NAMES, require_weights
+from longrl.scoring_config import REWARD_NAMES, ScoringConfig, require_used, require_weights, rewards_of
 
 BF16_DIFF = 0.5
 """For algo.max_logprob_diff in bfloat16: above what rounding does (docs/numerics.md), below what a fault does."""
@@ -148,7 +151,8 @@ def _report_quickstart(config: QuickstartConfig) -> Iterator[str]:
 
 def _report_run(config: DataRunConfig, processes: int | None) -> Iterator[str]:
     for name, path, problem in _files(config):
-        problem = problem or _rows_problem(config, name, path or "")
+        if problem is None and path and _reads(config, name) and Path(path).is_file():
+            problem = _refusal(_require_rows, config, name, path)
         _row(f"data.{name}", path or "", problem)
         if problem:
             yield f"data.{name}: {problem}"
@@ -214,17 +218,33 @@ def _reads(config: DataRunConfig, name: str) -> bool:
     return not isinstance(config, TrainConfig) or (isinstance(config, RlConfig) and config.eval_every_steps > 0)
 
 
-def _rows_problem(config: DataRunConfig, name: str, path: str) -> str | None:
-    """What the run would say of rows when it reads them; None also where they are not files of this machine."""
-    if not _reads(config, name) or not Path(path).is_file():
-        return None
-    sft = isinstance(config, SftConfig)
-    read = partial(load_examples, cache=config.cache, keep_skipped=name == "eval", demonstrations=sft)
-    return _refusal(read, path, config.data, config.video)
+def _require_rows(config: DataRunConfig, name: str, path: str) -> None:
+    """As the run, when it reads them; media in them are written to the cache, as by the run."""
+    examples = load_examples(
+        path,
+        config.data,
+        config.video,
+        cache=config.cache,
+        keep_skipped=name == "eval",
+        demonstrations=isinstance(config, SftConfig),
+    )
+    if isinstance(config, JudgedConfig):
+        said = {*config.rewards, *config.scoring.by_kind.values()}
+        for example in examples:
+            for reward in rewards_of(example.kind, config.rewards, config.scoring):
+                if reward in REWARDS and reward not in said:
+                    _require_reward(reward, config.scoring)
+                require_truth(reward, example)
+    if isinstance(config, EvalRunConfig) and config.control:
+        require_control(config.control, examples)
+    shape = _shape(config.model.path)
+    if shape and shape.vision is None and (seen := next((one for one in examples if one.clips), None)):
+        kind = seen.clips[0].kind
+        raise ValueError(f"example {seen.id} has a clip of kind {kind}, but {config.model.path} reads text alone")
 
 
 def _report_rewards(config: AnswerConfig) -> Iterator[str]:
-    """Nothing is imported: a run does that before it loads anything."""
+    """One's own are not imported: a run does that before it loads anything."""
     named = [(name, f"weight {weight:g}") for name, weight in config.rewards.items()]
     named += [(name, f"of kind {kind}") for kind, name in config.scoring.by_kind.items()]
     for name, use in named:
@@ -232,9 +252,19 @@ def _report_rewards(config: AnswerConfig) -> Iterator[str]:
         _row("reward", f"{name}, {use}", problem)
         if problem:
             yield problem
-    if problem := _refusal(require_weights, config.rewards):
-        _row("reward", "", problem)
-        yield problem
+        elif name in REWARDS and (problem := _refusal(_require_reward, name, config.scoring)):
+            _row("", "", problem)
+            yield problem
+    for require, given in ((require_weights, (config.rewards,)), (require_used, (config.rewards, config.scoring))):
+        if problem := _refusal(require, *given):
+            _row("reward", "", problem)
+            yield problem
+
+
+def _require_reward(name: str, scoring: ScoringConfig) -> None:
+    bound(name, scoring.options.get(name, {}), REWARDS)
+    if name == "math":
+        require_math_verify()
 
 
 def _report_judge(config: JudgedConfig) -> Iterator[str]:
@@ -285,15 +315,19 @@ def _enough(config: DataRunConfig, device: str) -> int:
 
 
 def _heads_problem(path: str, parallel: ParallelConfig) -> str | None:
-    """None also where there is no model, or none whose sizes can be read, which is another problem."""
-    try:
-        shape = shape_of(path)
-    except ValueError:
-        return None
     if parallel.sp == "auto":  # chooses what goes
         return None
+    shape = _shape(path)
     problem = shape and _refusal(require_heads, shape.kv_heads, parallel.sp, parallel.ring)
     return f"parallel.sp: {problem}" if problem else None
+
+
+def _shape(path: str) -> ModelShape | None:
+    """None also where there is no model, or none whose sizes can be read, which is another problem."""
+    try:
+        return shape_of(path)
+    except ValueError:
+        return None
 
 
 def _refusal(require: Callable[..., object], *args: Any) -> str | None:

@@ -46,7 +46,8 @@ def flow_rows(config: FlowConfig) -> Iterator[tuple[str, str, str | None]]:
         yield "reward", "", problem
     media, sampling, flow = config.media, config.sampling, config.flow
     frames = f", {media.frames} frames" if media.frames > 1 else ""
-    yield "media", f"{media.width} x {media.height}{frames}", _problem(partial(require_size, media=media), model)
+    size = None if _problem(pipeline_class, model) else _problem(partial(require_size, media=media), model)
+    yield "media", f"{media.width} x {media.height}{frames}", size
     yield "sampling", f"{sampling.steps} steps, guidance {sampling.guidance:g}", None
     window = "no" if flow.method == "nft" else "all" if flow.window is None else f"{flow.window_size(sampling.steps)}"
     yield "method", f"{flow.preset or flow.method}, stochastic steps: {window}, KL {flow.kl_coef:g}", None
@@ -104,20 +105,29 @@ def require_size(path: str, media: MediaConfig) -> None:
 
 
 def _image_limits(transformer: dict[str, Any], vae: dict[str, Any]) -> tuple[Sides, int | None]:
-    unit = 2 ** (len(vae["block_out_channels"]) - 1) * transformer.get("patch_size", 2)
-    side = unit, transformer.get("pos_embed_max_size", 96) * unit
+    unit = 2 ** (len(vae["block_out_channels"]) - 1) * _count(transformer.get("patch_size", 2))
+    side = unit, _count(transformer.get("pos_embed_max_size", 96)) * unit
     return {"height": side, "width": side}, None
 
 
 def _video_limits(transformer: dict[str, Any], vae: dict[str, Any]) -> tuple[Sides, int | None]:
-    space = vae.get("scale_factor_spatial", 8)
-    _, height, width = transformer.get("patch_size", (1, 2, 2))
+    space = _count(vae.get("scale_factor_spatial", 8))
+    _, height, width = map(_count, transformer.get("patch_size", (1, 2, 2)))
     # 16: the pipeline asks for it
     sides = {"height": (max(space * height, 16), None), "width": (max(space * width, 16), None)}
-    return sides, vae.get("scale_factor_temporal", 4)
+    return sides, _count(vae.get("scale_factor_temporal", 4))
+
+
+def _count(value: Any) -> int:
+    if not isinstance(value, int) or value < 1:
+        raise ValueError(f"{value!r}, expected a whole number, 1 or more")
+    return value
 
 
 def _part(path: str, part: str) -> dict[str, Any]:
     if path.startswith("tiny:"):
         return TWINS[path.removeprefix("tiny:").partition("@")[0]][part]
-    return json.loads((Path(path) / part / "config.json").read_text(encoding="utf-8"))
+    found = json.loads((Path(path) / part / "config.json").read_text(encoding="utf-8"))
+    if not isinstance(found, dict):
+        raise TypeError(f"{part}/config.json holds a {type(found).__name__}")
+    return found

@@ -58,7 +58,7 @@ def require_name(name: str, known: Iterable[str], what: str) -> None:
         cause = None if file.is_file() else f"there is no file {file}"
     else:
         spec = _find(source)
-        file = Path(spec.origin) if spec and spec.origin else None
+        file = Path(spec.origin) if spec and spec.origin and not _find(f"{source}.{attribute}") else None
         cause = None if spec else f"there is no module {source!r}"
     if cause is None and file is not None and file.suffix == ".py":
         cause = _lacks(file, attribute)
@@ -69,12 +69,16 @@ def require_name(name: str, known: Iterable[str], what: str) -> None:
 def _find(source: str) -> importlib.machinery.ModuleSpec | None:
     """Where a module is, without importing the packages around it."""
     first, *inner = source.split(".")
-    spec = importlib.util.find_spec(first)
+    spec = None if first == "__main__" else importlib.util.find_spec(first)  # which is longrl's own
     for name in inner:
         if spec is None or spec.submodule_search_locations is None:
             return None
         spec = importlib.machinery.PathFinder.find_spec(f"{spec.name}.{name}", spec.submodule_search_locations)
     return spec
+
+
+_NAMING = frozenset(("*", "__getattr__", "exec", "globals", "setattr", "vars"))
+"""Where one of these is, a module may have names that its text does not show."""
 
 
 def _lacks(file: Path, attribute: str) -> str | None:
@@ -84,18 +88,14 @@ def _lacks(file: Path, attribute: str) -> str | None:
     except (OSError, SyntaxError, ValueError) as error:
         return " ".join(str(error).split())
     names: set[str] = set()
-    left: list[ast.AST] = [*tree.body]
-    while left:
-        node = left.pop()
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
-            names.add(node.name)
-            continue  # what it holds is not the module's
-        if isinstance(node, ast.alias):
+    for node in ast.walk(tree):  # functions too, which may say `global`
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.MatchAs | ast.MatchStar):
+            names.add(node.name or "")
+        elif isinstance(node, ast.alias):
             names.add((node.asname or node.name).partition(".")[0])
-        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+        elif isinstance(node, ast.Name) and (isinstance(node.ctx, ast.Store) or node.id in _NAMING):
             names.add(node.id)
-        left += ast.iter_child_nodes(node)
-    if attribute in names or names & {"*", "__getattr__"}:
+    if attribute in names or names & _NAMING:
         return None
     near = difflib.get_close_matches(attribute, names, n=1, cutoff=0.5)
     return f"there is no {attribute!r} in {file}" + (f", did you mean {near[0]!r}?" if near else "")

@@ -22,6 +22,18 @@ REWARD_NAMES = (
 )
 """What is built in: rewards/compose.py."""
 
+BY_KIND = {
+    "choice": "choice",
+    "open": "exact",
+    "math": "math",
+    "number": "number",
+    "ocr": "ocr",
+    "free_text": "rouge",
+    "regression": "regression",
+    "grounding": "grounding",
+}
+"""Kind of example -> what `answer` is for it, unless `scoring.by_kind` says otherwise."""
+
 
 def _expand_preset(rewards: Any) -> Any:
     if not isinstance(rewards, str):
@@ -45,6 +57,21 @@ def require_weights(weights: Mapping[str, float]) -> None:
         raise ValueError(f"rewards: at least one reward needs a weight other than 0, got {dict(weights)}")
 
 
+def rewards_of(kind: str, weights: Mapping[str, float], scoring: ScoringConfig) -> list[str]:
+    """What scores an example of a kind: the rewards that have a weight, and what `answer` is for it."""
+    return [scoring.by_kind.get(kind) or BY_KIND[kind] if name == "answer" else name for name in weights]
+
+
+def require_used(weights: Mapping[str, float], scoring: ScoringConfig) -> None:
+    """
+    Raises:
+        ValueError: what `scoring` says of a reward that the run does not have.
+    """
+    used = {*scoring.by_kind.values()}.union(*(rewards_of(kind, weights, scoring) for kind in BY_KIND))
+    for name in sorted({*scoring.options, *scoring.in_process} - used):
+        raise ValueError(f"scoring: {name!r} is no reward of this run; these are {', '.join(sorted(used))}")
+
+
 Weights = Annotated[dict[str, float], BeforeValidator(_expand_preset)]
 
 
@@ -65,7 +92,8 @@ class ScoringConfig(Section):
     memory_gib: Annotated[float, Field(ge=0.25)] = 2.0
     """What a worker may have."""
     max_failures: Annotated[int, Field(ge=0)] = 100
-    """The run stops when more of the last 1,000 calls of a reward have failed."""
+    """The run stops when more of the last 1,000 calls of a reward have failed. It also stops when the first 16 have
+    all failed, of several examples, unless the reward is late (the judge is): what it asks may be away for a while."""
 
     @field_validator("in_process")
     @classmethod

@@ -73,7 +73,12 @@ def _backward(policy: Policy, share: Share) -> tuple[float, int]:
     for members in cohorts(share.prompts):
         ids = [share.examples[i].id for i in members]
         shared = [share.prompts[i] for i in members]
-        responses = [response_ids(policy.family, share.examples[i].response or "") for i in members]
+        responses = [
+            response_ids(
+                policy.family, share.examples[i].response or "", f"the response of example {share.examples[i].id}"
+            )
+            for i in members
+        ]
         prefix = policy.prefix(shared)
         streams = make_streams(shared, responses, prefix.length)
 

@@ -68,7 +68,7 @@ def test_engine_and_trainer_agree(found, layout):
     for rank in range(prod(layout)):
         ours = found[rank]["agree", layout]
         assert ours["tokens"] > 50
-        assert ours["difference"] < 2e-6  # as in one process
+        assert ours["difference"] < 1e-5  # as in one process
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)

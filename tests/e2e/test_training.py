@@ -256,7 +256,7 @@ def test_what_is_over_the_memory_plan_is_refused_before_it_is_decoded(dataset, t
     ("bound", "message"),
     [
         ("longest_prompt", r"its prompt would have \d+ tokens, .* vLLM's room beside .* allows 20;"),
-        ("longest_clip", r"a clip of \d+ tokens, but the engine has room for 20;"),
+        ("longest_clip", r"a clip of \d+ embeddings, but the engine has room for 20;"),
     ],
 )
 def test_what_is_over_the_engines_room_is_refused_before_it_is_decoded(dataset, tmp_path, monkeypatch, bound, message):

@@ -32,7 +32,7 @@ def roll(dtype, questions, *, temperature=1.0, group_size=4, limit=12, **setting
 
 
 # fp32: two different orders of summation
-@pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-7), (torch.float32, 2e-6)])
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-7), (torch.float32, 1e-5)])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_engine_logprobs_equal_the_trainers(dtype, bound, temperature):
     policy, [(groups, prefix)] = roll(dtype, QUESTIONS, temperature=temperature)

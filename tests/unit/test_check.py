@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 
@@ -32,7 +33,8 @@ def check(tmp_path, monkeypatch):
     Path("rows.jsonl").write_text(json.dumps(ROW))
 
     def run(**settings):
-        Path("run.yaml").write_text(json.dumps({**BASE, **settings}))
+        given = {name: value for name, value in {**BASE, **settings}.items() if value is not None}
+        Path("run.yaml").write_text(json.dumps(given))
         check_command(load_config([Path("run.yaml")]))
 
     return run
@@ -73,7 +75,7 @@ a, (b, *c) = 1, (2, 3)
             {"rewards": {"own.py:shrt": 1}},
             r"there is no 'shrt' in .*/own\.py, did you mean 'short'\?; expected `package",
         ),
-        ({"rewards": {"own.py:inside": 1}}, r"there is no 'inside' in"),
+        ({"rewards": {"__main__:short": 1}}, r"reward '__main__:short' cannot be imported: there is no module '__main"),
         ({"rewards": {"bad.py:short": 1}}, r"reward 'bad\.py:short' cannot be imported: .*bad\.py, line 1"),
         ({"rewards": {"longrl.rewards.txt:x": 1}}, r"there is no module 'longrl\.rewards\.txt'"),
         ({"rewards": {"longrl.rewards.text:rouge": 1}}, r"there is no 'rouge' in .*did you mean 'rouge_n'\?"),
@@ -99,6 +101,66 @@ def test_names_of_ones_own_are_looked_up_and_nothing_is_run(check):
         resolve(name, {}, "reward")
     with pytest.raises(ValueError, match=r"there is no 'lodas' in .*, did you mean 'loads'"):
         require_name("json:lodas", (), "reward")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "for name in ('score',): globals()[name] = print",
+        "import sys\nsetattr(sys.modules[__name__], 'sc' + 'ore', print)",
+        "exec('score = print')",
+        "def make():\n    global score\n    score = print\nmake()",
+        "match print:\n    case score: pass",
+        "def other(one=(score := print)): ...",
+        "def __getattr__(name): return print",
+    ],
+)
+def test_names_that_a_run_would_find_are_not_refused(tmp_path, text):
+    (tmp_path / "own.py").write_text(text)
+    require_name(f"{tmp_path}/own.py:score", (), "reward")
+    assert resolve(f"{tmp_path}/own.py:score", {}, "reward") is print
+
+
+def test_a_module_in_a_package_is_found(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "own_package").mkdir()
+    (tmp_path / "own_package/__init__.py").write_text("from .score import one")
+    (tmp_path / "own_package/score.py").write_text("one = 1")
+    require_name("own_package:score", (), "reward")
+    assert resolve("own_package:score", {}, "reward").one == 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "row", "words"),
+    [
+        ({"rewards": {"number": 1}}, {"answer": "two"}, r"data\.train: example 1: the truth must be a number"),
+        ({"rewards": {"answer": 1}}, {"answer": "two", "kind": "number"}, r"data\.train: .*1 .*expected a number"),
+        ({"scoring": {"options": {"format": {"x": 1}}}}, {}, r"cannot be called as \(example, rollout, x=1\)"),
+        ({"scoring": {"options": {"length": {"n": 1}}}}, {}, "scoring: 'length' is no reward of this run; these are"),
+        ({"scoring": {"in_process": ["own.py:short"]}}, {}, r"scoring: 'own\.py:short' is no reward of this run"),
+        ({}, {"video": "a.mp4"}, "example 1 has a clip of kind video, but tiny:qwen2 reads text alone"),
+    ],
+)
+def test_rows_and_their_rewards(check, settings, row, words):
+    Path("rows.jsonl").write_text(json.dumps({**ROW, **row}))
+    Path("a.mp4").write_bytes(b"")
+    with pytest.raises(ValueError, match=f"the run cannot start: .*{words}"):
+        check(**settings)
+
+
+def test_rows_of_a_control(check):
+    settings = {"kind": "eval", "control": "shuffled", "data": {"eval": "rows.jsonl"}, "steps": None}
+    with pytest.raises(ValueError, match=r"data\.eval: control is shuffled, but none of 1 questions has a clip"):
+        check(**settings)
+
+
+@pytest.mark.parametrize("settings", [{"rewards": {"math": 1}}, {"rewards": {"answer": 1}, "data": {"kind": "math"}}])
+def test_a_missing_package_of_a_reward_is_named_once(check, monkeypatch, settings):
+    there = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "math_verify" else there(name))
+    with pytest.raises(ValueError, match="math-verify, which is not installed") as caught:
+        check(**{**settings, "data": {"train": "rows.jsonl", **settings.get("data", {})}})
+    assert str(caught.value).count("math-verify,") == 1
 
 
 def test_names_of_a_quickstart(check):

@@ -8,7 +8,6 @@ import re
 import secrets
 import socket
 import sys
-import time
 from concurrent.futures import Future
 
 import pytest
@@ -19,6 +18,7 @@ from longrl.config_files import load_config
 from longrl.rewards import build_rewards
 from longrl.rewards.judge import Judge, fenced
 from longrl.rewards.limits import CallError
+from longrl.scoring_config import ScoringConfig
 from longrl.types import Group, Prompt
 from tests.judge_server import MALFORMED, Asked, JudgeServer, Reply, compares, numbered, verdict
 from tests.judging import ask, example, make, rollout
@@ -157,6 +157,22 @@ def test_a_group_is_begun_at_once_and_a_failure_is_none(tmp_path, caplog):
     assert second.rewards == {"judge": None, "format": 1.0}
     assert +rewards.failures == {"judge": 1}
     assert "too long" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("weights", "by_kind"), [({"judge": 1.0}, {}), ({"answer": 1.0}, {"open": "judge"})], ids=["judge", "answer"]
+)
+def test_a_judge_that_is_away_at_first_does_not_stop_the_run(tmp_path, weights, by_kind):
+    """As a reward of one's own would that has never worked: test_rewards.py."""
+    with JudgeServer(lambda asked: Reply(status=400, body=b"{}")) as server:
+        scoring = ScoringConfig.model_validate({"by_kind": by_kind})
+        rewards = build_rewards(weights, scoring, judge=make(server, tmp_path))
+        for name in "ab":
+            one = group(*(f"{name} {number}" for number in range(20)))
+            scored = rewards(dataclasses.replace(one, example=dataclasses.replace(one.example, id=name)))
+            assert [found.reward for found in scored] == [None] * 20
+    assert rewards.failures.total() == 40
+    assert len(server.asked) == 40
 
 
 def test_the_start_finds_what_would_fail_later(tmp_path, monkeypatch):

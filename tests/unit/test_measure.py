@@ -17,6 +17,7 @@ from longrl.config import CacheConfig, DataConfig
 from longrl.data.examples import Skips
 from longrl.data.prompts import PromptBuilder
 from longrl.models import qwen_vision
+from longrl.models.qwen3_vl import Qwen3VL
 from longrl.models.qwen_vl import Qwen25VL
 from longrl.types import Clip, Example, MediaError, Message
 from longrl.video import decode
@@ -155,6 +156,21 @@ def test_a_prompt_that_is_too_long_is_refused_before_it_is_decoded(family, tmp_p
     assert skipping.cache.info().num_entries == 0
     kept, [prompt] = builder(family, tmp_path, "raise", length)([example])
     assert (kept, len(prompt)) == ([0], length)
+
+
+@pytest.mark.parametrize("twin", [Qwen25VL, Qwen3VL])
+def test_a_clip_that_an_engine_has_no_room_for_is_refused_by_its_embeddings(tmp_path, clip, twin):
+    """Not by what it takes up in a prompt, where Qwen3-VL has the times between them."""
+    family = twin.tiny(0, torch.float32)
+    size = family.measure(clip)
+    assert (size.prompt_tokens > size.num_tokens) == (twin is Qwen3VL)
+    refusing = builder(family, tmp_path, "raise", 10**6)
+    for _ in ("measured", "in the cache"):
+        refusing.limit_to(None, size.num_tokens - 1, "the engine")
+        with pytest.raises(MediaError, match=f"a clip of {size.num_tokens} embeddings, but the engine has room for"):
+            refusing([question(clip)])
+        refusing.limit_to(None, size.num_tokens, "the engine")
+        assert refusing([question(clip)])[0] == [0]
 
 
 def test_what_the_cache_holds_is_counted_too(family, tmp_path, clip):

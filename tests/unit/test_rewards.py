@@ -12,8 +12,7 @@ from longrl.config import EvalRunConfig
 from longrl.rewards import REWARDS, Rewards, build_rewards
 from longrl.rewards.answer import exact_reward
 from longrl.rewards.choice import choice_reward
-from longrl.rewards.compose import BY_KIND
-from longrl.scoring_config import ScoringConfig
+from longrl.scoring_config import BY_KIND, ScoringConfig
 from longrl.types import KINDS, Example, Group, Message, Prompt, Rollout
 from tests import in_process
 

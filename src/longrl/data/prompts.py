@@ -73,26 +73,26 @@ class PromptBuilder:
         """
         self.family, self.skips, self.ranks = family, skips, ranks
         self.max_tokens, self.limit = max_tokens, limit
-        self.clip_tokens: int | None = None
+        self.clip_rows: int | None = None
         self.cache = EmbedCache(cache.dir, int(cache.max_gib * 2**30))
         self.clips = Clips(family, self.cache, ranks)
         self._counts = [(0, 0)]
 
-    def limit_to(self, tokens: int | None, clip_tokens: int | None, limit: str) -> None:
+    def limit_to(self, tokens: int | None, clip_rows: int | None, limit: str) -> None:
         """A further limit; the least of those of all ranks counts, which all call this.
 
         Args:
             tokens: of the longest prompt; None: no limit of this rank's.
-            clip_tokens: of the longest clip; None: as above.
+            clip_rows: embeddings of the longest clip; None: as above.
             limit: what says so.
         """
         whole, clip = (
             min((one for one in given if one is not None), default=None)
-            for given in zip(*self.ranks.gather_all((tokens, clip_tokens)), strict=True)
+            for given in zip(*self.ranks.gather_all((tokens, clip_rows)), strict=True)
         )
         if whole is not None and (self.max_tokens is None or whole < self.max_tokens):
             self.max_tokens, self.limit = whole, limit
-        self.clip_tokens = clip
+        self.clip_rows = clip
 
     @property
     def hit_rate(self) -> float:
@@ -160,7 +160,7 @@ class PromptBuilder:
                 if clip not in found:
                     found[clip] = self.clips.look_up(clip)
             looked = self._usable(example, [found[clip] for clip in example.clips])
-            if looked is not None and self._fits(example, [one.num_tokens for one in looked]):
+            if looked is not None and self._fits(example, looked):
                 kept.append(index)
         return kept, {clip: looked for clip, looked in found.items() if isinstance(looked, Looked)}
 
@@ -173,10 +173,14 @@ class PromptBuilder:
                 return None
         return usable
 
-    def _fits(self, example: Example, media_tokens: Sequence[int]) -> bool:
-        longest, fewer = max(media_tokens, default=0), "sample fewer frames (fps, num_frames, a shorter span)"
-        if self.clip_tokens is not None and longest > self.clip_tokens:
-            found = f"a clip of {longest} tokens, but the engine has room for {self.clip_tokens}"
+    def _fits(self, example: Example, looked: Sequence[Looked]) -> bool:
+        media_tokens, fewer = (
+            [one.num_tokens for one in looked],
+            "sample fewer frames (fps, num_frames, a shorter span)",
+        )
+        longest = max((one.num_rows for one in looked), default=0)
+        if self.clip_rows is not None and longest > self.clip_rows:
+            found = f"a clip of {longest} embeddings, but the engine has room for {self.clip_rows}"
             mend = "set data.max_prompt_tokens to the longest prompt, for which it makes room"
         elif self.max_tokens is not None and (n := self.family.count_tokens(example, media_tokens)) > self.max_tokens:
             media = f"{sum(media_tokens)} of them media"
@@ -188,8 +192,11 @@ class PromptBuilder:
         return False
 
 
-def response_ids(family: Family, text: str) -> list[int]:
+def response_ids(family: Family, text: str, whose: str = "the response") -> list[int]:
     """A written response as the tokens that a model would have sampled: its text, then the end of the turn.
+
+    Args:
+        whose: for messages.
 
     Raises:
         ValueError: the text has tokens that the model has no embeddings of.
@@ -197,5 +204,5 @@ def response_ids(family: Family, text: str) -> list[int]:
     stop = family.tokenizer.eos_token_id
     assert stop in family.stop_ids, f"eos_token {family.tokenizer.eos_token} does not end a response"
     ids = [*family.tokenizer.encode(text, add_special_tokens=False), stop]
-    family.require_known(ids, f"the response {text!r:.80}")
+    family.require_known(ids, f"{whose} {text!r:.80}")
     return ids

@@ -1,15 +1,20 @@
-"""Controls: the same questions with something taken away. A number beside its control shows where it comes from."""
+"""Controls: the same questions with something taken away. A number beside its control shows where it comes from.
+
+Importing this module does not import torch.
+"""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-
-import torch
+from typing import TYPE_CHECKING
 
 from longrl.runtime import seed_for
 from longrl.types import Clip, Example, MediaEmbeds
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
@@ -55,12 +60,14 @@ def shuffled(media: MediaEmbeds, *names: int | str) -> MediaEmbeds:
 
     Sound, and what has one patch, as it is.
     """
+    import torch
+
     if media.grid_thw[0] == 1 or (media.clip and media.clip.kind == "audio"):
         return media
     grids = media.grid_thw[0]
     order = torch.randperm(grids, generator=torch.Generator().manual_seed(seed_for("shuffle", media.key, *names)))
 
-    def permuted(x: torch.Tensor, dim: int) -> torch.Tensor:
+    def permuted(x: Tensor, dim: int) -> Tensor:
         return x.unflatten(dim, (grids, -1)).index_select(dim, order).flatten(dim, dim + 1)
 
     deepstack = None if media.deepstack is None else permuted(media.deepstack, 1)

@@ -137,10 +137,15 @@ class Sizing:
             max_pixels: of a frame, a smaller limit than the model's own.
 
         Raises:
-            ValueError: frames too narrow.
+            ValueError: frames too narrow, or a limit below what the model sees at least.
         """
         least, most = self.limits[kind]
         factor = self.patch * self.merge
+        if max_pixels is not None and max_pixels < factor**2:
+            raise ValueError(
+                f"max_pixels is {max_pixels}, but what the model sees has at least {factor} x {factor} pixels; set "
+                f"{factor**2} or more"
+            )
         if self.shared_budget and kind == "video":
             frames = max(frames, self.temporal)
             most = min(most, frames * (most if max_pixels is None else max_pixels))

@@ -72,11 +72,12 @@ class Text:
         return self.model.get_input_embeddings().num_embeddings
 
     def require_known(self, token_ids: Iterable[int], whose: str) -> None:
-        unknown = next((token for token in token_ids if token >= self.num_tokens), None)
+        known = self.num_tokens
+        unknown = next((token for token in token_ids if token >= known), None)
         if unknown is not None:
             raise ValueError(
                 f"{whose} has the token {self.tokenizer.convert_ids_to_tokens(unknown)!r} ({unknown}), for which the "
-                f"model has none of its {self.num_tokens} embeddings; leave it out"
+                f"model has none of its {known} embeddings; leave it out"
             )
 
     @classmethod

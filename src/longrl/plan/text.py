@@ -100,7 +100,9 @@ def _memory_keys(plan: Plan) -> str:
     parts += ["offload"] if setup.offload else []
     parts += [f"MLP in tiles of {setup.mlp_tile_tokens:,}"] if setup.mlp_tile_tokens else []
     parts += [f"LoRA of rank {setup.lora_rank}"] if setup.lora_rank else []
-    parts += [f"{setup.prompts_in_flight} prompts in flight"] if setup.prompts_in_flight > 1 else []
+    if setup.prompts_in_flight > 1:
+        trained = Tally(plan.shape, plan.work, setup, plan.device).in_flight > 1  # other engines take one at a time
+        parts.append(f"{setup.prompts_in_flight} prompts in flight{'' if trained else ' in evaluation'}")
     return ", ".join([*parts, f"weights of {setup.weight_bytes} bytes, computed in {setup.compute_bytes}"])
 
 

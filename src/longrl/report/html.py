@@ -11,6 +11,7 @@ from __future__ import annotations
 import base64
 import io
 import math
+import re
 from collections.abc import Iterable, Mapping
 from html import escape
 from importlib import resources
@@ -28,7 +29,6 @@ from longrl.report.run_files import LOOPS, STAGES, RunFiles, metrics_file, read_
 from longrl.report.samples import samples_html
 from longrl.runtime import CONFIG_NAME
 
-CHANCE = 0.25
 """Of guessing one of four options."""
 
 _CURVES: dict[str, dict[str, tuple[str, ...]]] = {
@@ -45,6 +45,7 @@ _CURVES: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "sft": {"Loss": ("loss",), "Gradient norm": ("grad_norm",), "Learning rate": ("lr",)},
 }
+_OPTION = re.compile(r"^[A-Z]\. ", re.MULTILINE)
 _BOUNDS = {"sampling/logprob_diff": 1e-5}
 
 
@@ -118,7 +119,7 @@ def _accuracy(run: RunFiles) -> str:
     sampled = next(iter(run.evals.values())).get("samples_per_question")
     note = (
         f'<p class="note">Mean of {sampled or "the"} sampled answers a question. Error bars: one binomial '
-        "standard error, counting questions, not samples. Dashed, where all questions have four options: a guess.</p>"
+        "standard error, counting questions, not samples. Dashed: a guess, where all have as many options.</p>"
     )
     names = {
         name: list(_union(content.get(name, {}) for content in run.evals.values()))
@@ -151,11 +152,14 @@ def _bars(run: RunFiles, title: str, part: str, groups: list[str]) -> str:
     ]
     groups = (["all"] if part == "by_kind" else []) + groups
     asked = next(iter(run.evals.values())).get("examples", [])
-    kinds = {
-        group: {one.get("kind") for one in asked if group in (one.get("kind"), one.get("category"))} for group in groups
-    }
-    chance = [CHANCE if kinds[group] == {"choice"} else None for group in groups]
+    chance = [_guess(one for one in asked if group in (one.get("kind"), one.get("category"))) for group in groups]
     return _figure(title, series, bar_chart(groups, series, title, chance)) if groups else ""
+
+
+def _guess(asked: Iterable[Mapping[str, Any]]) -> float | None:
+    """How often one is right, where all questions are a choice of as many options, which stand below them."""
+    options = {len(_OPTION.findall(one["question"])) if one.get("kind") == "choice" else 0 for one in asked}
+    return 1 / options.pop() if len(options) == 1 and 0 not in options else None
 
 
 def _cell(content: Mapping[str, Any], part: str, group: str) -> tuple[float | None, int | None]:

@@ -23,7 +23,7 @@ from longrl.rewards.penalties import length_reward, repetition_reward
 from longrl.rewards.pool import Pool, RewardError
 from longrl.rewards.quantity import grounding_reward, number_of, number_reward, regression_reward, span_of
 from longrl.rewards.text import ocr_reward, plain_words, read_words, rouge_reward
-from longrl.scoring_config import ScoringConfig, require_weights
+from longrl.scoring_config import ScoringConfig, require_used, require_weights, rewards_of
 from longrl.totals import Totals
 from longrl.types import Example, Group, Rollout, Scored
 
@@ -48,18 +48,6 @@ REWARDS: dict[str, Reward] = {
 }
 """And `answer`, the reward of an example's kind."""
 
-BY_KIND = {
-    "choice": "choice",
-    "open": "exact",
-    "math": "math",
-    "number": "number",
-    "ocr": "ocr",
-    "free_text": "rouge",
-    "regression": "regression",
-    "grounding": "grounding",
-}
-"""Kind of example -> what `answer` is for it, unless `scoring.by_kind` says otherwise."""
-
 ISOLATED = frozenset(("math",))
 """Built-in rewards that are never called in this process."""
 
@@ -76,7 +64,7 @@ _TRUTHS: dict[str, Callable[[Example], Any]] = {
 _CUT_OFF = Rollout(token_ids=(), logprobs=(), text="", finish_reason="length", policy_version=0)
 
 _AT_FIRST = 16
-"""Calls of a reward for several examples, all of which fail: it does not work. (A judge may be away for a while.)"""
+"""Calls of a reward for several examples, all of which fail: it does not work."""
 _LOOKED_BACK = 1000
 """Calls of a reward of which `scoring.max_failures` may fail."""
 
@@ -111,11 +99,8 @@ class Rewards:
         keys = {key for model in (judge.models if judge else ()) if (key := model.config.key_env)}
         self._pool = Pool(scoring.workers, scoring.timeout_s, int(scoring.memory_gib * 2**30), keys)
         self._bound: dict[str, Reward] = {}
-        named = {*weights, *scoring.by_kind.values()} - {"answer"}
-        used = named | {self.of_kind(kind) for kind in BY_KIND if "answer" in weights}
-        for name in sorted({*scoring.options, *scoring.in_process} - used):
-            raise ValueError(f"scoring: {name!r} is no reward of this run; these are {', '.join(sorted(used))}")
-        for name in sorted(named):
+        require_used(weights, scoring)
+        for name in sorted({*weights, *scoring.by_kind.values()} - {"answer"}):
             self._reward(name)
 
     def __call__(self, group: Group) -> list[Scored]:
@@ -135,18 +120,14 @@ class Rewards:
         Raises:
             ValueError: a truth that its reward cannot read, or a reward that cannot be loaded.
         """
-        names = [name for name in self.weights if name != "answer"]
         asked: dict[str, Example] = {}
         for example in examples:
-            routed = [self.of_kind(example.kind)] if "answer" in self.weights else []
-            for name in (*routed, *names):
+            for name in rewards_of(example.kind, self.weights, self.scoring):
                 self._reward(name)
-                if example.answer is None:
-                    continue
-                if name in _TRUTHS:
-                    _TRUTHS[name](example)
-                if name == "math" and expressions and not is_plain_number(example.answer):
-                    asked.setdefault(example.answer, example)
+                require_truth(name, example)
+                is_expression = example.answer is not None and not is_plain_number(example.answer)
+                if name == "math" and expressions and is_expression:
+                    asked.setdefault(example.answer or "", example)
         self._require_expressions(asked)
 
     def _require_expressions(self, examples: Mapping[str, Example]) -> None:
@@ -169,10 +150,6 @@ class Rewards:
             if not why.startswith("example "):  # its time was up, say
                 why = f"example {examples[truth].id}: the truth {truth[:60]!r} cannot be read by math: {why}"
             raise ValueError(why) from error
-
-    def of_kind(self, kind: str) -> str:
-        """The reward that `answer` is for such examples."""
-        return self.scoring.by_kind.get(kind) or BY_KIND[kind]
 
     def accuracy(self, example: Example, one: Scored) -> float:
         """How right a rollout is, 0 to 1: its part `answer`, whatever its weight; 0.0 where it has none."""
@@ -201,13 +178,13 @@ class Rewards:
         """
         parts, failed = {}, []
         for name, x in made.items():
+            why = None
             try:
                 parts[name] = _number(x)
             except (Exception, SystemExit) as error:  # noqa: BLE001 - user code: its failure must not end the run, nor pass for a 0
-                parts[name] = None
+                parts[name], why = None, f"{type(error).__name__}: {error}"
                 failed.append(name)
-                self._warn(name, example, f"{type(error).__name__}: {error}")
-            self._count(name, example, name in failed)
+            self._count(name, example, why, is_late=isinstance(x, Future))
         # A reward of weight 0 is only watched: it cannot keep a rollout from being trained.
         weighted = {name: weight for name, weight in self.weights.items() if weight and name in parts}
         known = [weight * part for name, weight in weighted.items() if (part := parts[name]) is not None]
@@ -216,7 +193,8 @@ class Rewards:
 
     def _call(self, name: str, example: Example, rollout: Rollout) -> Any:
         try:
-            return self._reward(self.of_kind(example.kind) if name == "answer" else name)(example, rollout)
+            (name,) = rewards_of(example.kind, {name: 1.0}, self.scoring)
+            return self._reward(name)(example, rollout)
         except (Exception, SystemExit) as error:  # noqa: BLE001 - as in `score`, which counts it
             return error
 
@@ -232,31 +210,51 @@ class Rewards:
                 self._bound[name] = bound(name, options, self._known)
         return self._bound[name]
 
-    def _warn(self, name: str, example: Example, why: str) -> None:
-        """Of failures that say the same, the first; all are counted."""
-        if (name, why) not in self._warned and len(self._warned) < _LOOKED_BACK:
-            self._warned.add((name, why))
-            logger.warning(
-                "reward %s of example %s failed: %s (said once; failures are counted)", name, example.id, why
-            )
+    def _count(self, name: str, example: Example, why: str | None, *, is_late: bool) -> None:
+        """
+        Args:
+            why: it failed; None: it has not.
+            is_late: it asked something that may be away for a while, as a judge.
 
-    def _count(self, name: str, example: Example, has_failed: bool) -> None:
+        Raises:
+            RuntimeError: it has failed too often.
+        """
         recent = self._recent[name]
-        recent.append(has_failed)
-        self.failures[name] += has_failed
-        if not has_failed:
+        recent.append(why is not None)
+        if why is None:
             return
+        self.failures[name] += 1
         self._failing[name].add(example.id)
+        self._warn(name, example, why)
         count = sum(recent)
         if count > self.scoring.max_failures:
             allowed = f"scoring.max_failures allows {self.scoring.max_failures}"
-        elif count == len(recent) >= _AT_FIRST and len(self._failing[name]) > 1 and name != "judge":
+        elif count == len(recent) >= _AT_FIRST and len(self._failing[name]) > 1 and not is_late:
             allowed = "none was scored"
         else:
             return
         raise RuntimeError(
-            f"reward {name} has failed on {count} of its last {len(recent)} responses, {allowed}; the log says how"
+            f"reward {name} has failed on {count} of its last {len(recent)} responses, {allowed}; the log says how; of "
+            f"example {example.id}: {why}"
         )
+
+    def _warn(self, name: str, example: Example, why: str) -> None:
+        """Of failures that say the same, the first; all are counted."""
+        if (name, why) in self._warned or len(self._warned) == _LOOKED_BACK:
+            return
+        self._warned.add((name, why))
+        logger.warning("reward %s of example %s failed: %s (said once; failures are counted)", name, example.id, why)
+        if len(self._warned) == _LOOKED_BACK:
+            logger.warning("%d failures of rewards have been said; from here on they are only counted", _LOOKED_BACK)
+
+
+def require_truth(name: str, example: Example) -> None:
+    """
+    Raises:
+        ValueError: a truth that the reward cannot read. Of `math`, only its workers find out.
+    """
+    if example.answer is not None and name in _TRUTHS:
+        _TRUTHS[name](example)
 
 
 class Begun:

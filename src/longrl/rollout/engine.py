@@ -34,7 +34,7 @@ class Engine(Protocol):
 
     @property
     def longest_clip(self) -> int | None:
-        """Tokens of one clip for which it has room; None: as of longest_prompt."""
+        """Embeddings of one clip for which it has room; None: as of longest_prompt."""
         ...
 
     def rollout(

@@ -54,6 +54,8 @@ class Looked:
     """Of the file's bytes."""
     num_tokens: int
     """That it takes up in a prompt."""
+    num_rows: int
+    """Of its embeddings: fewer, where the family puts text between them."""
     size: MediaSize | None
     """None: the cache has it."""
 
@@ -68,9 +70,9 @@ def look_up(clip: Clip, family: Encoder, cache: EmbedCache) -> Looked:
     key = cache_key(clip, family.encoder_id, digest)
     if (hit := cache.get(key)) is not None:
         tokens = family.prompt_tokens(replace(hit, clip=clip))
-        return Looked(key=key, digest=digest, num_tokens=tokens, size=None)
+        return Looked(key=key, digest=digest, num_tokens=tokens, num_rows=len(hit.embeds), size=None)
     size = family.measure(clip)
-    return Looked(key=key, digest=digest, num_tokens=size.prompt_tokens, size=size)
+    return Looked(key=key, digest=digest, num_tokens=size.prompt_tokens, num_rows=size.num_tokens, size=size)
 
 
 def encode(clip: Clip, looked: Looked, family: Encoder, cache: EmbedCache) -> None:

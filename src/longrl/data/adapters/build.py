@@ -86,6 +86,8 @@ def build(draft: Draft, example_id: str, row: Row, system_prompt: str | None, de
     kind = _kind(draft, default_kind, answer, letters, row)
     if answer is not None:
         answer = _checked(answer, kind, letters, draft.answer_name, row)
+        if options:
+            _require_one(options, answer, row)
     if system_prompt is not None:
         if any(role == "system" for role, _ in turns):
             raise row.error("it has a system message, and data.system_prompt is set too; remove one of them")
@@ -156,18 +158,18 @@ def _options(options: list[Any], row: Row) -> list[str]:
             f"options has {len(options)} of them, expected 2 to {len(ascii_uppercase)}; an open question has none"
         )
     pairs = list(zip(ascii_uppercase, options, strict=False))
-    marks = [re.match(rf"\s*\(?{letter}[.):]", option) for letter, option in pairs]
-    lettered = all(marks)
-    bare = [
-        option[mark.end() if mark and lettered else 0 :].strip() for mark, option in zip(marks, options, strict=True)
-    ]
-    if twice := [
-        one for one in bare if one and bare.count(one) > 1
-    ]:  # letters alone may stand for what a picture shows
-        raise row.error(
-            f"options has {short(twice[0])} more than once, so which is right is ambiguous; make them differ"
-        )
+    lettered = all(re.match(rf"\s*\(?{letter}[.):]", option) for letter, option in pairs)
     return options if lettered else [f"{letter}. {option}" for letter, option in pairs]
+
+
+def _require_one(options: list[str], letter: str, row: Row) -> None:
+    """Refuses the right option if it is there twice; wrong ones may be."""
+    texts = [re.sub(r"^\s*\(?[A-Z][.):]", "", option).strip() for option in options]
+    right = texts[ascii_uppercase.index(letter)]
+    if right and texts.count(right) > 1:  # letters alone may stand for what a picture shows
+        raise row.error(
+            f"options has the right one, {short(right)}, more than once, so that another letter is right too"
+        )
 
 
 def _append(turns: list[tuple[str, Content]], options: list[str]) -> None:
