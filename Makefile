@@ -2,6 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALL = $(BIN)/python -m pip install --disable-pip-version-check -c constraints/cpu.txt
+# A file's tests by one process, in the order of the folders: the longest files come first.
+PYTEST = $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 REQUIREMENTS := pyproject.toml constraints/cpu.txt
 
 .PHONY: setup quickstart seeds presets flow-seeds warm-start test test-oldest test-long storm test-slurm test-ray test-vllm lint docs models-page benchmarks
@@ -31,7 +33,7 @@ warm-start: .venv/core.stamp
 	$(BIN)/longrl warm-start configs/tiny/warm_start.yaml
 
 test: .venv/dev.stamp
-	$(BIN)/python -m pytest -n auto --dist loadfile
+	$(PYTEST)
 
 # The oldest transformers that pyproject.toml admits, in front of the newest: parity with it, of every family. Names its
 # packages one by one, as the rest is there already. httpx: the hub's client of its time.
@@ -42,8 +44,8 @@ test-oldest: .venv/oldest.stamp
 
 # All of what `make test` does a sample of (tests/__init__.py): runs on every layout, presets, plans in bf16; 15 minutes.
 test-long: .venv/dev.stamp
-	LONGRL_LONG=1 $(BIN)/python -m pytest -n auto --dist loadfile tests/distributed tests/parity/test_plan_memory.py \
-	  tests/e2e/test_gpu_script.py
+	LONGRL_LONG=1 $(PYTEST) tests/distributed tests/parity/test_plan_memory.py tests/e2e/test_gpu_script.py \
+	  tests/e2e/test_presets.py
 
 # On a real Slurm of two nodes on this machine, from Debian's packages, as root: five minutes.
 test-slurm: .venv/dev.stamp

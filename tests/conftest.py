@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
 from collections.abc import Callable, Generator
 from pathlib import Path
 
 import pytest
+
+from tests.forked import run_command
 
 # Before torch is imported: test processes run side by side, so one thread each; and no test may reach for a hub.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -35,11 +36,10 @@ def root() -> Path:
 
 
 @pytest.fixture
-def longrl(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+def longrl(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., subprocess.CompletedProcess[str]]:
     """Runs the command line in a process of its own, in tmp_path if no other folder is given."""
 
     def run(*arguments: object, cwd: Path = tmp_path, timeout_s: float = 120) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "longrl", *map(str, arguments)]
-        return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=timeout_s)
+        return run_command([*map(str, arguments)], cwd, tmp_path_factory.mktemp("printed"), timeout_s)
 
     return run

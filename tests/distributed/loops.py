@@ -113,13 +113,17 @@ JOBS: dict[str, dict[str, Any]] = {
 """What is changed in `base`. `live` draws its own responses; `recorded` gets those that one process drew."""
 
 
-SAMPLE = {"ring": ["recorded", "eval"], "auto": ["recorded", "live", "eval"]}
+SAMPLE = {
+    "ring": ["recorded", "eval"],
+    "auto": ["recorded", "live", "eval"],
+    "whole": ["recorded", "live", "adapters", "eval"],
+}
 
 
 def jobs(layout: Layout) -> list[str]:
     """Those done on a layout. `resumed` changes it, and is done apart."""
-    if not LONG and (layout.auto or layout.ring > 1):
-        return SAMPLE["auto" if layout.auto else "ring"]
+    if not LONG and layout.dp * layout.sp > 2:
+        return SAMPLE["auto" if layout.auto else "ring" if layout.ring > 1 else "whole"]
     return [job for job in JOBS if job != "resumed"]
 
 

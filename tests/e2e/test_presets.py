@@ -14,7 +14,7 @@ from longrl.evals.runner import run_eval
 from longrl.report.metrics import read_metrics
 from longrl.train_rl import train_rl
 from longrl.training import Training
-from tests import in_process
+from tests import LONG, in_process
 from tests.e2e.conftest import rl_config
 
 EVEN = "tests.e2e.rewards:first_token_even"
@@ -47,7 +47,7 @@ def before(dataset, tmp_path_factory) -> float:
     return share_of_even("tiny:qwen2_5_vl", dataset, tmp_path_factory.mktemp("before"))
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", PRESETS if LONG else ["cispo", "dapo", "gspo", "remax", "t_grpo"])
 def test_it_learns(name, dataset, tmp_path, before):
     """The gain is four standard errors or more. With rewards drawn at random the presets gained -0.065 to +0.064; with
     these 0.17 to 0.49."""
