@@ -221,9 +221,9 @@ class Rewards:
         """
         recent = self._recent[name]
         recent.append(why is not None)
+        self.failures[name] += why is not None
         if why is None:
             return
-        self.failures[name] += 1
         self._failing[name].add(example.id)
         self._warn(name, example, why)
         count = sum(recent)
