@@ -6,7 +6,7 @@ INSTALL = $(BIN)/python -m pip install --disable-pip-version-check -c constraint
 PYTEST = $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 REQUIREMENTS := pyproject.toml constraints/cpu.txt
 
-.PHONY: setup quickstart seeds presets flow-seeds warm-start test test-oldest test-long storm test-slurm test-ray test-vllm lint docs models-page benchmarks
+.PHONY: setup quickstart seeds presets flow-seeds wan-twin warm-start test test-oldest test-long storm test-slurm test-ray test-vllm lint docs models-page benchmarks
 
 setup: .venv/dev.stamp
 
@@ -23,6 +23,10 @@ seeds: .venv/core.stamp
 flow-seeds: .venv/flow.stamp
 	for seed in 0 1 2; do for twin in sd3 wan; do \
 	  $(BIN)/longrl flow configs/tiny/$$twin.yaml run_dir=runs/flow-$$twin-$$seed runtime.seed=$$seed || exit 1; done; done
+
+# Makes runs/wan_twin/base, which assets/wan_twin is: Wan's twin from random weights, warmed up; two minutes.
+wan-twin: .venv/flow.stamp
+	$(BIN)/longrl flow configs/tiny/wan.yaml model.path=tiny:wan warm_up_steps=200 steps=1 run_dir=runs/wan_twin
 
 # The quickstart's RL with every algorithm, two updates a batch, from one SFT model; lines of JSON.
 presets: .venv/core.stamp

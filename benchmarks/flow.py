@@ -39,7 +39,8 @@ class Run:
 
     def __init__(self, name: str, twin: str, folder: Path, steps: int, group: int) -> None:
         preset = name.partition(",")[0]
-        changes = [f"run_dir={folder / name}", f"flow.preset={preset}", f"flow.group_size={group}", "flow.kl_coef=0",
+        changes = [f"run_dir={folder / name}", f"model.path=tiny:{twin}",
+                   f"flow.preset={preset}", f"flow.group_size={group}", "flow.kl_coef=0",
                    f"sampling.steps={steps}", "warm_up_steps=0", "runtime.tensorboard=false",
                    f"prompts.train={ROOT / 'configs/tiny/colours.txt'}"]  # fmt: skip
         config = load_config([ROOT / "configs" / "tiny" / f"{twin}.yaml"], changes)

@@ -44,7 +44,8 @@ def prompts(tmp_path_factory):
 
 
 def config(root, prompts, run_dir, *changes, twin="sd3") -> FlowConfig:
-    given = [f"run_dir={run_dir}", f"prompts.train={prompts}", "prompts_per_step=3", *QUICK, *changes]
+    given = [f"run_dir={run_dir}", f"prompts.train={prompts}", f"model.path=tiny:{twin}", "prompts_per_step=3"]
+    given += [*QUICK, *changes]
     loaded = load_config([root / "configs" / "tiny" / f"{twin}.yaml"], given)
     assert isinstance(loaded, FlowConfig)
     return loaded
@@ -68,6 +69,19 @@ def test_it_learns_what_the_prompt_asks_for(learned):
     assert [record["step"] for record in records] == list(range(1, 13))
     assert max(record["sampling/logprob_diff"] for record in records) < 1e-5
     assert records[-1]["reward/mean"] > records[0]["reward/mean"]
+
+
+def test_the_shipped_twin_of_wan_is_the_recipes(root):
+    shipped, twin = (
+        load_media_family(ModelConfig(path=path)).pipe for path in (str(root / "assets/wan_twin"), "tiny:wan")
+    )
+    for part in ("transformer", "vae", "text_encoder"):
+        ours, theirs = (getattr(pipe, part).state_dict() for pipe in (shipped, twin))
+        assert {name: x.shape for name, x in ours.items()} == {name: x.shape for name, x in theirs.items()}
+    assert torch.equal(shipped.text_encoder.shared.weight, twin.text_encoder.shared.weight)  # which is not warmed up
+    loaded = load_config([root / "configs/tiny/wan.yaml"], [])
+    assert isinstance(loaded, FlowConfig)
+    assert root / loaded.model.path == root / "assets/wan_twin"
 
 
 def test_a_run_that_has_not_ended_has_a_report_too(learned, tmp_path):
