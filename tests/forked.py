@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import multiprocessing
 import os
 import runpy
@@ -30,7 +31,8 @@ def start_ranks(process: Callable[..., None], size: int, *args: Any) -> None:
 def run_command(
     arguments: Sequence[str], cwd: Path, folder: Path, timeout_s: float
 ) -> subprocess.CompletedProcess[str]:
-    """`python -m longrl` with these arguments, as subprocess.run does it.
+    """`python -m longrl` with these arguments, as subprocess.run does it; sys.path and the seed of hashes are the
+    server's.
 
     Args:
         folder: where what it prints is kept until it ends.
@@ -40,6 +42,8 @@ def run_command(
     """
     multiprocessing.set_forkserver_preload(_IMPORTED)
     printed = folder / "stdout", folder / "stderr"
+    for path in printed:
+        path.touch()
     context = multiprocessing.get_context("forkserver")
     process = context.Process(target=_command, args=(arguments, cwd, dict(os.environ), printed))
     process.start()
@@ -54,9 +58,12 @@ def run_command(
 
 def _command(arguments: Sequence[str], cwd: Path, environment: dict[str, str], printed: Sequence[Path]) -> None:
     for number, path in enumerate(printed, start=1):
-        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+        os.dup2(os.open(path, os.O_WRONLY), number)
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(environment)
     sys.argv = ["longrl", *arguments]
-    runpy.run_module("longrl", run_name="__main__", alter_sys=True)
+    try:
+        runpy.run_module("longrl", run_name="__main__", alter_sys=True)
+    finally:
+        atexit._run_exitfuncs()  # pyright: ignore[reportAttributeAccessIssue] - multiprocessing ends without

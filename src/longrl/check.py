@@ -28,6 +28,7 @@ from longrl.config import (
     RolloutConfig,
     SftConfig,
     TrainConfig,
+    VideoConfig,
     WarmStartConfig,
 )
 from longrl.data.examples import load_examples
@@ -80,8 +81,7 @@ def check_command(config: AnyConfig | FlowConfig, device: str | None = None, pro
     else:
         typer.echo(f"{config.kind} run into {config.run_dir}")
         problems = list(_report_model(config.model, isinstance(config, TrainConfig | QuickstartConfig)))
-        video = config.video
-        _row("video", f"{video.fps:g} frames a second" if video.fps is not None else f"{video.num_frames} frames")
+        problems += _report_video(config.video, config.model.path)
         if isinstance(config, QuickstartConfig):
             problems += _report_quickstart(config)
             problems += _report_rewards(config)
@@ -135,6 +135,14 @@ def _report_model(config: ModelConfig, trained: bool) -> Iterator[str]:
     if lora := config.lora:
         where = ", ".join(lora.targets) if lora.targets else "all linear layers of the decoder"
         _row("lora", f"rank {lora.rank}, alpha {lora.alpha:g}, {where}")
+
+
+def _report_video(video: VideoConfig, model: str) -> Iterator[str]:
+    shape = _shape(model)
+    problem = _refusal(shape.vision.require_pixels, video.max_pixels) if shape and shape.vision else None
+    _row("video", f"{video.fps:g} frames a second" if video.fps is not None else f"{video.num_frames} frames", problem)
+    if problem:
+        yield f"video: {problem}"
 
 
 def _report_quickstart(config: QuickstartConfig) -> Iterator[str]:
@@ -234,6 +242,7 @@ def _require_rows(config: DataRunConfig, name: str, path: str) -> None:
             for reward in rewards_of(example.kind, config.rewards, config.scoring):
                 if reward in REWARDS and reward not in said:
                     _require_reward(reward, config.scoring)
+                    said.add(reward)
                 require_truth(reward, example)
     if isinstance(config, EvalRunConfig) and config.control:
         require_control(config.control, examples)
@@ -247,14 +256,10 @@ def _report_rewards(config: AnswerConfig) -> Iterator[str]:
     """One's own are not imported: a run does that before it loads anything."""
     named = [(name, f"weight {weight:g}") for name, weight in config.rewards.items()]
     named += [(name, f"of kind {kind}") for kind, name in config.scoring.by_kind.items()]
+    problems = {name: _refusal(_require_reward, name, config.scoring) for name, _ in named}
     for name, use in named:
-        problem = _refusal(require_name, name, REWARD_NAMES, "reward")
-        _row("reward", f"{name}, {use}", problem)
-        if problem:
-            yield problem
-        elif name in REWARDS and (problem := _refusal(_require_reward, name, config.scoring)):
-            _row("", "", problem)
-            yield problem
+        _row("reward", f"{name}, {use}", problems[name])
+    yield from filter(None, problems.values())
     for require, given in ((require_weights, (config.rewards,)), (require_used, (config.rewards, config.scoring))):
         if problem := _refusal(require, *given):
             _row("reward", "", problem)
@@ -262,7 +267,9 @@ def _report_rewards(config: AnswerConfig) -> Iterator[str]:
 
 
 def _require_reward(name: str, scoring: ScoringConfig) -> None:
-    bound(name, scoring.options.get(name, {}), REWARDS)
+    require_name(name, REWARD_NAMES, "reward")
+    if name in REWARDS:
+        bound(name, scoring.options.get(name, {}), REWARDS)
     if name == "math":
         require_math_verify()
 

@@ -77,7 +77,7 @@ def _find(source: str) -> importlib.machinery.ModuleSpec | None:
     return spec
 
 
-_NAMING = frozenset(("*", "__getattr__", "exec", "globals", "setattr", "vars"))
+_NAMING = frozenset(("*", "__dict__", "__getattr__", "exec", "globals", "locals", "modules", "setattr", "vars"))
 """Where one of these is, a module may have names that its text does not show."""
 
 
@@ -93,6 +93,10 @@ def _lacks(file: Path, attribute: str) -> str | None:
             names.add(node.name or "")
         elif isinstance(node, ast.alias):
             names.add((node.asname or node.name).partition(".")[0])
+        elif isinstance(node, ast.MatchMapping):
+            names.add(node.rest or "")
+        elif isinstance(node, ast.Attribute):  # sys.modules[__name__].name = ...
+            names |= {node.attr} & _NAMING
         elif isinstance(node, ast.Name) and (isinstance(node.ctx, ast.Store) or node.id in _NAMING):
             names.add(node.id)
     if attribute in names or names & _NAMING:

@@ -79,7 +79,7 @@ class ScoringConfig(Section):
     """Which reward scores what, and with which limits."""
 
     by_kind: dict[str, str] = Field(default={})
-    """Kind of example -> the reward that `answer` is for it, instead of the one in rewards/compose.py."""
+    """Kind of example -> the reward that `answer` is for it, instead of that in `BY_KIND`."""
     options: dict[str, dict[str, bool | int | float | str]] = Field(default={})
     """Reward name -> its keyword arguments."""
     in_process: tuple[str, ...] = ()
@@ -93,7 +93,7 @@ class ScoringConfig(Section):
     """What a worker may have."""
     max_failures: Annotated[int, Field(ge=0)] = 100
     """The run stops when more of the last 1,000 calls of a reward have failed. It also stops when the first 16 have
-    all failed, of several examples, unless the reward is late (the judge is): what it asks may be away for a while."""
+    all failed, of several examples; but for the judge, which may be away for a while."""
 
     @field_validator("in_process")
     @classmethod

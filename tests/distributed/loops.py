@@ -116,7 +116,7 @@ JOBS: dict[str, dict[str, Any]] = {
 SAMPLE = {
     "ring": ["recorded", "eval"],
     "auto": ["recorded", "live", "eval"],
-    "whole": ["recorded", "live", "adapters", "eval"],
+    "whole": ["recorded", "live", "adapters", "encoder", "eval"],
 }
 
 

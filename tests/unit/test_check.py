@@ -13,6 +13,7 @@ from longrl.algo_config import LOSS_NAMES
 from longrl.check import check_command, require_model
 from longrl.config import ModelConfig
 from longrl.config_files import load_config
+from longrl.plan.shapes import shape_of
 from longrl.registry import require_name, resolve
 from longrl.rewards.media import MEDIA_REWARDS
 from longrl.scorers_config import TOYS
@@ -113,6 +114,9 @@ def test_names_of_ones_own_are_looked_up_and_nothing_is_run(check):
         "match print:\n    case score: pass",
         "def other(one=(score := print)): ...",
         "def __getattr__(name): return print",
+        "import sys\nsys.modules[__name__].__dict__['sc' + 'ore'] = print",
+        "import sys\nsys.modules[__name__].score = print",
+        "match {}:\n    case {**score}: score = print",
     ],
 )
 def test_names_that_a_run_would_find_are_not_refused(tmp_path, text):
@@ -138,6 +142,11 @@ def test_a_module_in_a_package_is_found(tmp_path, monkeypatch):
         ({"scoring": {"options": {"format": {"x": 1}}}}, {}, r"cannot be called as \(example, rollout, x=1\)"),
         ({"scoring": {"options": {"length": {"n": 1}}}}, {}, "scoring: 'length' is no reward of this run; these are"),
         ({"scoring": {"in_process": ["own.py:short"]}}, {}, r"scoring: 'own\.py:short' is no reward of this run"),
+        (
+            {"model": {"path": "tiny:qwen3_vl"}, "video": {"max_pixels": 800}},
+            {},
+            "video: max_pixels is 800, but what the model sees has at least 32 x 32 pixels; set 1024 or more",
+        ),
         ({}, {"video": "a.mp4"}, "example 1 has a clip of kind video, but tiny:qwen2 reads text alone"),
     ],
 )
@@ -146,6 +155,21 @@ def test_rows_and_their_rewards(check, settings, row, words):
     Path("a.mp4").write_bytes(b"")
     with pytest.raises(ValueError, match=f"the run cannot start: .*{words}"):
         check(**settings)
+
+
+def test_pictures_of_one_size_cannot_be_made_smaller():
+    shape = shape_of("tiny:vila")
+    assert shape
+    assert shape.vision
+    shape.vision.require_pixels(784)
+    with pytest.raises(ValueError, match="max_pixels is 783, but the model's pictures all have 28 x 28 pixels"):
+        shape.vision.require_pixels(783)
+
+
+@pytest.mark.parametrize(("server", "where"), [(None, ""), ({"urls": ["http://127.0.0.1:1"]}, " in evaluation")])
+def test_servers_draw_one_prompt_at_a_time(check, capsys, server, where):
+    check(rollout={"prompts_in_flight": 2, "server": server}, model={"path": "tiny:qwen2_5_vl"})
+    assert f", 2 prompts in flight{where}, weights" in capsys.readouterr().out
 
 
 def test_rows_of_a_control(check):

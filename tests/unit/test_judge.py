@@ -143,15 +143,17 @@ def test_the_judge_reads_an_answer_as_other_rewards_do(tmp_path, text, asked):
 
 
 def test_a_group_is_begun_at_once_and_a_failure_is_none(tmp_path, caplog):
+    limits = {"timeout_s": 60.0}
     with JudgeServer(together=3) as server:
         broken = Reply(status=400, body=b'{"error": "the answer is too long"}')
         server.behave = lambda asked: broken if asked.texts["ANSWER"] == "long" else numbered(asked)
-        rewards = build_rewards({"judge": 0.5, "format": 0.5}, judge=make(server, tmp_path))
+        rewards = build_rewards({"judge": 0.5, "format": 0.5}, judge=make(server, tmp_path, limits))
         begun = rewards.begin(group("a cat", "long"))
         assert begun.is_late
         rewards.begin(group("a dog"))  # as neither of the two is answered before a third is asked
         with caplog.at_level(logging.WARNING):
             first, second = begun.result()
+    assert len(server.asked) == 3
     assert first.rewards == {"judge": 0.4, "format": 1.0}
     assert (first.reward, second.reward) == (0.7, None)
     assert second.rewards == {"judge": None, "format": 1.0}

@@ -70,7 +70,7 @@ def test_sixty_four_are_asked_at_once(tmp_path):
     """Of whom none is answered before all are there: four rounds, where one at a time takes 256. In calls a second:
     benchmarks/judge.py."""
     with JudgeServer(together=64) as server:
-        judge = Judge(make(server, tmp_path))
+        judge = Judge(make(server, tmp_path, {"timeout_s": 60.0}))
         futures = [ask(judge, f"What is {i}?") for i in range(256)]
         assert [future.result() for future in futures] == [score_of(i) / 10 for i in range(256)]
     assert len(server.asked) == 256

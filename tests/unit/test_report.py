@@ -14,10 +14,27 @@ from longrl.data.synthetic.questions import Question, ask, response
 from longrl.data.synthetic.render import render
 from longrl.data.synthetic.world import make_story
 from longrl.report.headline import standard_error
-from longrl.report.html import write_report
+from longrl.report.html import _guess, write_report
 from longrl.report.plots import Series, area_chart, bar_chart, line_chart, moving_mean
 
 STAGE_ACCURACY = {"base": 0.27, "sft": 0.61, "rl": 0.86}
+
+
+@pytest.mark.parametrize(
+    ("options", "kinds", "chance"),
+    [
+        ((4, 4), "choice", 0.25),
+        ((2,), "choice", 0.5),
+        ((4, 2), "choice", None),
+        ((0,), "choice", None),
+        ((4,), "open", None),
+    ],
+)
+def test_a_guess_is_drawn_where_all_have_as_many_options(options, kinds, chance):
+    asked = [
+        {"kind": kinds, "question": "Is it A. or B.?" + "".join(f"\n{x}. it" for x in "ABCD"[:n])} for n in options
+    ]
+    assert _guess(asked) == chance
 
 
 def make_run(run_dir: Path, seconds: float, num_videos: int = 2, rl_steps: int = 60) -> Path:

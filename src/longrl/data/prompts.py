@@ -174,10 +174,8 @@ class PromptBuilder:
         return usable
 
     def _fits(self, example: Example, looked: Sequence[Looked]) -> bool:
-        media_tokens, fewer = (
-            [one.num_tokens for one in looked],
-            "sample fewer frames (fps, num_frames, a shorter span)",
-        )
+        fewer = "sample fewer frames (fps, num_frames, a shorter span)"
+        media_tokens = [one.num_tokens for one in looked]
         longest = max((one.num_rows for one in looked), default=0)
         if self.clip_rows is not None and longest > self.clip_rows:
             found = f"a clip of {longest} embeddings, but the engine has room for {self.clip_rows}"

@@ -52,6 +52,10 @@ class VisionShape:
         """Of a clip; arguments as of `Sizing.frame`."""
         return self.sizing.tokens(kind, frames, height, width, max_pixels)
 
+    def require_pixels(self, max_pixels: int | None) -> None:
+        """Raises ValueError where the model sees no frames as small as that."""
+        self.tokens("video", self.temporal, self.factor, self.factor, max_pixels)
+
     def most_tokens(self, frames: int, max_pixels: int | None) -> int:
         """Of a video of any size."""
         limit = min(self.max_pixels, max_pixels or self.max_pixels)
@@ -85,6 +89,11 @@ class SiglipShape(VisionShape):
 
     def tokens(self, kind: str, frames: int, height: int, width: int, max_pixels: int | None) -> int:
         return self.image_tokens if kind == "image" else self.most_tokens(frames, max_pixels)
+
+    def require_pixels(self, max_pixels: int | None) -> None:
+        if max_pixels is not None and max_pixels < (self.side * self.patch) ** 2:
+            side = self.side * self.patch
+            raise ValueError(f"max_pixels is {max_pixels}, but the model's pictures all have {side} x {side} pixels")
 
     def most_tokens(self, frames: int, max_pixels: int | None) -> int:
         return ceil(frames / self.temporal) * self.frame_tokens

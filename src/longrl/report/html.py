@@ -29,8 +29,6 @@ from longrl.report.run_files import LOOPS, STAGES, RunFiles, metrics_file, read_
 from longrl.report.samples import samples_html
 from longrl.runtime import CONFIG_NAME
 
-"""Of guessing one of four options."""
-
 _CURVES: dict[str, dict[str, tuple[str, ...]]] = {
     "rl": {
         "Reward": ("reward/mean", "reward/format"),
@@ -152,13 +150,15 @@ def _bars(run: RunFiles, title: str, part: str, groups: list[str]) -> str:
     ]
     groups = (["all"] if part == "by_kind" else []) + groups
     asked = next(iter(run.evals.values())).get("examples", [])
-    chance = [_guess(one for one in asked if group in (one.get("kind"), one.get("category"))) for group in groups]
+    chance = [
+        _guess(one for one in asked if group in ("all", one.get("kind"), one.get("category"))) for group in groups
+    ]
     return _figure(title, series, bar_chart(groups, series, title, chance)) if groups else ""
 
 
 def _guess(asked: Iterable[Mapping[str, Any]]) -> float | None:
     """How often one is right, where all questions are a choice of as many options, which stand below them."""
-    options = {len(_OPTION.findall(one["question"])) if one.get("kind") == "choice" else 0 for one in asked}
+    options = {len(_OPTION.findall(one.get("question", ""))) if one.get("kind") == "choice" else 0 for one in asked}
     return 1 / options.pop() if len(options) == 1 and 0 not in options else None
 
 

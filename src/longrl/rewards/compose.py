@@ -64,7 +64,7 @@ _TRUTHS: dict[str, Callable[[Example], Any]] = {
 _CUT_OFF = Rollout(token_ids=(), logprobs=(), text="", finish_reason="length", policy_version=0)
 
 _AT_FIRST = 16
-"""Calls of a reward for several examples, all of which fail: it does not work."""
+"""Calls of a reward for several examples, all of which fail: it does not work. (A judge may be away for a while.)"""
 _LOOKED_BACK = 1000
 """Calls of a reward of which `scoring.max_failures` may fail."""
 
@@ -184,7 +184,7 @@ class Rewards:
             except (Exception, SystemExit) as error:  # noqa: BLE001 - user code: its failure must not end the run, nor pass for a 0
                 parts[name], why = None, f"{type(error).__name__}: {error}"
                 failed.append(name)
-            self._count(name, example, why, is_late=isinstance(x, Future))
+            self._count(name, example, why)
         # A reward of weight 0 is only watched: it cannot keep a rollout from being trained.
         weighted = {name: weight for name, weight in self.weights.items() if weight and name in parts}
         known = [weight * part for name, weight in weighted.items() if (part := parts[name]) is not None]
@@ -193,10 +193,13 @@ class Rewards:
 
     def _call(self, name: str, example: Example, rollout: Rollout) -> Any:
         try:
-            (name,) = rewards_of(example.kind, {name: 1.0}, self.scoring)
-            return self._reward(name)(example, rollout)
+            return self._reward(self._routed(name, example))(example, rollout)
         except (Exception, SystemExit) as error:  # noqa: BLE001 - as in `score`, which counts it
             return error
+
+    def _routed(self, name: str, example: Example) -> str:
+        """What `answer` is for an example; any other reward is itself."""
+        return rewards_of(example.kind, {name: 1.0}, self.scoring)[0]
 
     def _reward(self, name: str) -> Reward:
         if name not in self._bound:
@@ -210,18 +213,18 @@ class Rewards:
                 self._bound[name] = bound(name, options, self._known)
         return self._bound[name]
 
-    def _count(self, name: str, example: Example, why: str | None, *, is_late: bool) -> None:
+    def _count(self, name: str, example: Example, why: str | None) -> None:
         """
         Args:
             why: it failed; None: it has not.
-            is_late: it asked something that may be away for a while, as a judge.
 
         Raises:
             RuntimeError: it has failed too often.
         """
+        self.failures[name] += why is not None
+        name = self._routed(name, example)
         recent = self._recent[name]
         recent.append(why is not None)
-        self.failures[name] += why is not None
         if why is None:
             return
         self._failing[name].add(example.id)
@@ -229,7 +232,7 @@ class Rewards:
         count = sum(recent)
         if count > self.scoring.max_failures:
             allowed = f"scoring.max_failures allows {self.scoring.max_failures}"
-        elif count == len(recent) >= _AT_FIRST and len(self._failing[name]) > 1 and not is_late:
+        elif count == len(recent) >= _AT_FIRST and len(self._failing[name]) > 1 and name != "judge":
             allowed = "none was scored"
         else:
             return
