@@ -17,6 +17,7 @@ from longrl.models.qwen_processor import HALF, make_processor_files
 from longrl.models.qwen_vision import QwenVision
 from longrl.models.qwen_vl import Qwen25VL, media_tokens
 from longrl.models.text import Ranges, tiny_text
+from longrl.models.tiny import make_tokenizer
 from longrl.types import Clip, Example, MediaEmbeds, MediaSize, Prompt
 
 
@@ -35,6 +36,12 @@ class Qwen3VL(Qwen25VL):
     def processor_files(cls, vision: Any, limits: dict[str, tuple[int, int]]) -> dict[str, str]:
         classes = ("Qwen3VLProcessor", "Qwen3VLVideoProcessor", "Qwen2VLImageProcessorFast")
         return make_processor_files(vision, limits["video"], limits["image"], classes, HALF, HALF)
+
+    @classmethod
+    def tiny_tokenizer(cls) -> PreTrainedTokenizerBase:
+        tokenizer = make_tokenizer(511)
+        tokenizer.add_tokens([" seconds"])  # one token of the published tokenizer too: it stands at every time
+        return tokenizer
 
     @classmethod
     def tiny_config(cls, tokenizer: PreTrainedTokenizerBase) -> Qwen3VLConfig:  # pyright: ignore
