@@ -108,8 +108,8 @@ def _qwen2_5_vl(
     )
 
 
-STAMP_TOKENS = len("<9999.9 seconds>") + 2
-"""Of the time before a pair of frames and the marks around it, at most: a token has one byte at least."""
+STAMP_TOKENS = len("<9999.9>") + 1 + 2
+"""Of the time before a pair of frames, in which " seconds" is one token, and the marks around it, at most."""
 _TINY = ModelShape(
     vocabulary=512,
     width=128,
