@@ -40,7 +40,7 @@ class Qwen3VL(Qwen25VL):
     @classmethod
     def tiny_tokenizer(cls) -> PreTrainedTokenizerBase:
         tokenizer = make_tokenizer(511)
-        tokenizer.add_tokens([" seconds"])  # one token of the published tokenizer too: it stands at every time
+        tokenizer.add_tokens([" seconds"])  # a common word, one token of a large vocabulary; it stands at every time
         return tokenizer
 
     @classmethod
