@@ -19,7 +19,7 @@ from longrl.parallel.ranks import Ranks, make_ranks
 from longrl.parallel.shard import whole
 from longrl.train_flow import train_flow
 
-TIMEOUT = timedelta(seconds=240)
+TIMEOUT = timedelta(minutes=15)
 CASES: dict[str, list[str]] = {
     "adapters": ["flow.kl_coef=0.1"],
     "adapters, an odd number of prompts": ["prompts_per_step=3"],

@@ -41,7 +41,7 @@ from longrl.types import Example, Prefix, Prompt, Rollout
 from tests import LONG, in_process
 from tests.distributed.ranks import CASES, make_family, make_prompts
 
-TIMEOUT = timedelta(seconds=240)
+TIMEOUT = timedelta(minutes=15)
 """Ranks without a part in a layout wait for those that have one."""
 
 

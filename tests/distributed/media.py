@@ -24,7 +24,7 @@ from longrl.parallel.ranks import Ranks, make_ranks
 from longrl.types import Clip, Example, MediaEmbeds, Message
 from longrl.video import decode as decode_module
 
-TIMEOUT = timedelta(seconds=60)
+TIMEOUT = timedelta(minutes=15)
 LAYOUTS = [(1, 4), (1, 2), (2, 2), (2, 1)]
 """(dp, sp)"""
 MAX_TOKENS = 1000

@@ -31,7 +31,7 @@ from longrl.update import update_again
 from tests import LONG, in_process
 from tests.parity.test_shared_prefix import make_prompts
 
-TIMEOUT = timedelta(seconds=240)
+TIMEOUT = timedelta(minutes=15)
 """Ranks without a part in a layout wait for those that have one."""
 EVEN = "tests.e2e.rewards:first_token_even"
 VIDEOS = [["what comes first?", "where is it?"], ["who?"], ["why?"], ["what is last?"], ["when?", "how?"]]

@@ -34,7 +34,7 @@ from tests import LONG
 LAYOUTS = ((4, 1), (2, 1), (1, 1), (2, 2), (1, 2), *([(1, 4)] if LONG else []))
 """Ranks that share the heads, and the places of a ring that share the tokens."""
 WORLD = 4
-TIMEOUT = timedelta(seconds=60)
+TIMEOUT = timedelta(minutes=15)
 HEAD_DIM, LAYERS = 16, 2
 ENGINE_SEEDS = [11, 12]
 

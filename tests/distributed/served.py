@@ -23,7 +23,7 @@ from longrl.train_rl import train_rl
 from longrl.training import Training
 from tests import in_process
 
-TIMEOUT = timedelta(seconds=240)
+TIMEOUT = timedelta(minutes=15)
 STEPS = 3
 LAYOUTS = {"dp 2": {"sp": 1}, "sp 2, sharded": {"sp": 2, "shard": True}}
 JOBS: dict[str, dict[str, Any]] = {

@@ -29,7 +29,7 @@ def measure(rank: int, size: int, folder: str) -> None:
     """Writes the peak of each setup, (live, planned) without what is there at any time, to FOLDER/RANK.pt."""
     torch.set_num_threads(1)
     store = dist.FileStore(f"{folder}/store", size)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=60))
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timedelta(minutes=15))
     alone = [dist.new_group([i]) for i in range(size)][rank]
     found = []
     for setup in SETUPS:

@@ -79,7 +79,7 @@ def test_every_part_runs_with_torch_transformers_and_peft_alone(part, paths):
     assert {"av", "datasets", "tensorboard"} <= refused()
     program = f"refused = {refused()!r}\n{ALONE}"
     command = [sys.executable, "-c", program, str(SCRIPT), *part.split(), *SMALL]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
     found = [json.loads(line) for line in done.stdout.splitlines()]
     assert [one["path"] for one in found] == paths

@@ -76,7 +76,7 @@ def start(arguments: list[str]) -> subprocess.Popen[str]:
 
 def finish(arguments: list[str]) -> tuple[int, str, str]:
     with start(arguments) as process:
-        out, err = process.communicate(timeout=280)
+        out, err = process.communicate(timeout=900)
     return process.returncode, out, err
 
 
@@ -132,7 +132,7 @@ def test_interrupted_in_the_rl_stage_and_taken_up(shared, tmp_path):
             assert process.poll() is None, process.communicate()
             time.sleep(0.05)
         process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=60)
+        _, errors = process.communicate(timeout=300)
     assert process.returncode == 130
     assert errors.splitlines()[-1] == "longrl: interrupted"
     done = len(read_metrics(run / "rl" / "metrics.jsonl"))

@@ -118,7 +118,7 @@ def test_resident_memory_grows_as_planned(name):
     arguments = json.dumps({"work": asdict(WORK), "setup": asdict(setup)})
     command = [sys.executable, "-m", "tests.parity.memory", arguments]
     returning = {"MALLOC_MMAP_THRESHOLD_": "1000000", "MALLOC_TRIM_THRESHOLD_": "1000000", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=os.environ | returning, capture_output=True, text=True, timeout=120, check=True)
+    done = subprocess.run(command, env=os.environ | returning, capture_output=True, text=True, timeout=300, check=True)
     memory = planned(Step(WORK, setup), WORK, setup)
     before = sum(memory.phases["optimizer"].values()) - memory.parts["gradients"]
     assert int(done.stdout) == pytest.approx(memory.peak_bytes - before, rel=BOUND)

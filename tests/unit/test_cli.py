@@ -44,7 +44,7 @@ def test_answers_without_what_takes_seconds_to_import(command, base):
         cwd=base.parent,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr[-500:]
     imported = {line.rpartition("|")[2].strip().partition(".")[0] for line in done.stderr.splitlines()}
@@ -143,7 +143,7 @@ def test_one_line_and_a_status(error, line, status, capsys, keep_sigterm):
     assert shown.count("\n") == 1
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize(
     ("number", "status", "line"),
     [(signal.SIGINT, 130, "longrl: interrupted\n"), (signal.SIGTERM, 143, "longrl: terminated\n")],
@@ -155,7 +155,7 @@ def test_signals(number, status, line, tmp_path):
     with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as process:
         with open(tmp_path / "pipe.yaml", "w"):
             process.send_signal(number)
-            _, shown = process.communicate(timeout=60)
+            _, shown = process.communicate(timeout=300)
         assert (process.returncode, shown) == (status, line)
 
 
@@ -163,7 +163,7 @@ def test_a_closed_pipe_is_quiet(base):
     reader, writer = os.pipe()
     os.close(reader)
     command = [sys.executable, "-m", "longrl", "check", str(base)]
-    done = subprocess.run(command, cwd=base.parent, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=60)
+    done = subprocess.run(command, cwd=base.parent, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=300)
     os.close(writer)
     assert (done.returncode, done.stderr) == (1, "")
 
@@ -172,7 +172,7 @@ def test_a_closed_pipe_is_quiet(base):
 def test_a_full_disk_under_stdout(base):
     with open("/dev/full", "w") as full:
         command = [sys.executable, "-m", "longrl", "check", str(base)]
-        done = subprocess.run(command, cwd=base.parent, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60)
+        done = subprocess.run(command, cwd=base.parent, stdout=full, stderr=subprocess.PIPE, text=True, timeout=300)
     assert done.returncode == 1
     assert done.stderr.startswith("longrl: error: No space left on device (the disk is full")
     assert done.stderr.count("\n") == 1

@@ -137,7 +137,7 @@ def test_a_signal_before_the_limit_is_passed_on_and_the_run_ends_its_step(work, 
         while not (tmp_path / "running").exists():
             time.sleep(0.01)
         job.send_signal(signal.SIGUSR1)
-        assert job.wait(timeout=60) == 75
+        assert job.wait(timeout=300) == 75
     assert (tmp_path / "told").read_text() == "--signal=USR1 17\n"
     assert (tmp_path / "scontrol").read_text() == "requeue 17\n"
 
@@ -189,4 +189,4 @@ def environment() -> dict[str, str]:
 
 def bash(option: str, text: str) -> subprocess.CompletedProcess[str]:
     command = ["bash", option]
-    return subprocess.run(command, input=text, capture_output=True, text=True, timeout=60, env=environment())
+    return subprocess.run(command, input=text, capture_output=True, text=True, timeout=300, env=environment())

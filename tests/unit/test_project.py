@@ -32,7 +32,7 @@ def test_configuration_and_command_line_import_no_torch():
     light = "config, types, config_files, cli, check, runtime, models, plan.plan, plan.text".replace(", ", ", longrl.")
     heavy = "{'torch', 'transformers', 'av', 'matplotlib'}"
     code = f"import longrl.{light}, sys; sys.exit(' '.join({heavy} & set(sys.modules)) or 0)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert (done.returncode, done.stderr) == (0, "")
 
 
@@ -144,7 +144,7 @@ def checkout(tmp_path: Path) -> Path:
 
 
 def make(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(["make", *arguments], cwd=folder, capture_output=True, text=True, timeout=60)
+    return subprocess.run(["make", *arguments], cwd=folder, capture_output=True, text=True, timeout=300)
 
 
 def test_make_refuses_an_old_python_and_says_what_to_do(checkout):

@@ -48,20 +48,20 @@ def pool():
 )
 def test_a_row_that_breaks_its_worker_has_no_reward_and_the_next_one_has(pool, said, message):
     with pytest.raises(RewardError, match=message):
-        pool.submit(NAME, {}, EXAMPLE, rollout(said)).result(timeout=60)
-    assert pool.submit(NAME, {}, EXAMPLE, rollout("fine")).result(timeout=60) == 1.0
+        pool.submit(NAME, {}, EXAMPLE, rollout(said)).result(timeout=300)
+    assert pool.submit(NAME, {}, EXAMPLE, rollout("fine")).result(timeout=300) == 1.0
 
 
 def test_none_and_a_little_print_are_no_failures(pool):
-    assert pool.submit(NAME, {}, EXAMPLE, rollout("none")).result(timeout=60) is None
+    assert pool.submit(NAME, {}, EXAMPLE, rollout("none")).result(timeout=300) is None
     for _ in range(3):  # more than a limit of 1,000 bytes together would allow
-        assert pool.submit(NAME, {}, EXAMPLE, rollout("print a little")).result(timeout=60) == 1.0
+        assert pool.submit(NAME, {}, EXAMPLE, rollout("print a little")).result(timeout=300) == 1.0
 
 
 def test_what_a_reward_forks_does_not_reply_to_the_next_request(pool):
-    assert pool.submit(NAME, {}, EXAMPLE, rollout("fork")).result(timeout=60) == 0.25
+    assert pool.submit(NAME, {}, EXAMPLE, rollout("fork")).result(timeout=300) == 0.25
     time.sleep(0.6)
-    assert [pool.submit(NAME, {}, EXAMPLE, rollout("fine")).result(timeout=60) for _ in range(3)] == [1.0] * 3
+    assert [pool.submit(NAME, {}, EXAMPLE, rollout("fine")).result(timeout=300) for _ in range(3)] == [1.0] * 3
 
 
 def test_workers_see_no_keys(monkeypatch, tmp_path):

@@ -121,7 +121,7 @@ def run_and_interrupt(script: str, folder: Path, after: str) -> str:
         assert time.monotonic() < deadline
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=300)
     assert process.returncode != 0
     return errors
 

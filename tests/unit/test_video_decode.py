@@ -215,7 +215,7 @@ print(frames, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
                 container.mux(stream.encode(pictures[i % 64]))
             container.mux(stream.encode())
         output = subprocess.run(
-            [sys.executable, "-c", program, path], capture_output=True, text=True, check=True, timeout=60
+            [sys.executable, "-c", program, path], capture_output=True, text=True, check=True, timeout=300
         ).stdout.split()
         assert int(output[0]) == minutes * 120
         peaks.append(int(output[1]))
