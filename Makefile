@@ -57,12 +57,12 @@ test-slurm: .venv/dev.stamp
 	  apt-get install --yes --no-install-recommends slurmctld slurmd slurm-client munge; }
 	$(BIN)/python -m pytest -m slurm tests/clusters
 
-# On a real Ray cluster of two nodes on this machine: a minute once Ray is installed.
+# On a real Ray cluster of two nodes on this machine: two minutes once Ray is installed.
 test-ray: .venv/dev.stamp
 	$(INSTALL) -e '.[dev,ray]'
 	$(BIN)/python -m pytest -m ray tests/clusters
 
-# RL through a real vLLM, a CPU build of it, in an environment of its own (1.5 GB): five minutes on two cores.
+# RL through a real vLLM, a CPU build of it, in an environment of its own (1.5 GB): 8 to 16 minutes on two cores.
 test-vllm: .venv-vllm/stamp
 	.venv-vllm/bin/python -m pytest -m vllm tests/vllm
 

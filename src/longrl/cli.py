@@ -9,7 +9,7 @@ import os
 import sys
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -32,6 +32,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+_UsageError: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "UsageError")
+"""typer has click inside, or beside it, by its release."""
 bench_app = typer.Typer(no_args_is_help=True, help="Measure this machine.")
 launch_app = typer.Typer(no_args_is_help=True, help="Start a run on several machines.")
 app.add_typer(launch_app, name="launch")
@@ -269,8 +271,10 @@ def verify(
 @app.command()
 def export(
     run: Annotated[Path, typer.Argument(help="A run directory.")],
-    out: Annotated[Path, typer.Option(help="The folder to write; must be empty or absent.")],
     step: Annotated[int | None, typer.Option(help="Which checkpoint; the latest if not given.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="The folder to write, empty or absent; RUN/export/step_N if not given.")
+    ] = None,
     merge_lora: Annotated[bool, typer.Option("--merge-lora", help="Merge adapters into their base.")] = False,
 ) -> None:
     """Copy a checkpoint's model out as a Hugging Face folder."""
@@ -345,9 +349,28 @@ def bench_step(
     measure_and_print(work, repeats, threads or os.cpu_count() or 1, as_json)
 
 
+def run(arguments: list[str]) -> None:
+    """
+    Raises:
+        ValueError: the command line is wrong.
+        SystemExit: the command has a status.
+    """
+    try:
+        status = app(arguments, prog_name="longrl", standalone_mode=False)
+    except _UsageError as error:
+        if (message := error.format_message()).startswith("Usage:"):  # no arguments at all: the help
+            sys.stderr.write(f"{message}\n")
+            raise SystemExit(2) from None
+        raise ValueError(
+            f"{message.rstrip('.')}; see {error.ctx.command_path if error.ctx else 'longrl'} --help"
+        ) from None
+    if status:
+        raise SystemExit(status)
+
+
 def main() -> None:
     """Entry point of the `longrl` command."""
     show_traceback = "--traceback" in sys.argv or os.environ.get("LONGRL_TRACEBACK") == "1"
     arguments = [argument for argument in sys.argv[1:] if argument != "--traceback"]
     set_up_logging()
-    sys.exit(run_guarded(lambda: app(arguments, prog_name="longrl"), show_traceback))
+    sys.exit(run_guarded(lambda: run(arguments), show_traceback))

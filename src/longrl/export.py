@@ -19,23 +19,21 @@ from longrl.models import base_path, load_family
 from longrl.runtime import CHECKPOINTS, CONFIG_NAME
 
 
-def export_command(run: str | Path, step: int | None, out: str | Path, merge_lora: bool = False) -> None:
+def export_command(run: str | Path, step: int | None, out: str | Path | None, merge_lora: bool = False) -> None:
     """Copies the Hugging Face folder of a run's checkpoint, or writes the diffusers folder of a generator's; of the
     former no more than a few tensors are in memory at once.
 
     Args:
         run: The run directory.
         step: Which checkpoint; None: the latest complete one.
-        out: Where to; must not exist or be empty.
+        out: Where to; must not exist or be empty. None: export/step_N of the run.
         merge_lora: Merge adapters into their base; otherwise theirs is a folder that peft reads, which names the base.
 
     Raises:
         ValueError: There is no such checkpoint, out is not empty, or there are no adapters to merge.
         OSError: out cannot be written; nothing is left there.
     """
-    run, out = Path(run), Path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out}: not an empty folder; choose another --out or empty it")
+    run = Path(run)
     checkpoints = Checkpoints(run / CHECKPOINTS, keep=1)
     checkpoint = checkpoints.latest() if step is None else checkpoints.at(step)
     if checkpoint is None:
@@ -43,6 +41,9 @@ def export_command(run: str | Path, step: int | None, out: str | Path, merge_lor
         mend = f"give {' or '.join(inside)}" if inside else "give the directory of a run that has saved one"
         raise ValueError(f"{checkpoints.dir}: no complete checkpoint; {mend}")
     model = checkpoint.model_path
+    out = run / "export" / checkpoint.path.name if out is None else Path(out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out}: not an empty folder; choose another --out or empty it")
     generates = read_yaml(run / CONFIG_NAME).get("kind") == "flow"
     if merge_lora and generates:
         raise ValueError(f"{run} is of a generator, whose adapters are always merged; leave --merge-lora out")
@@ -64,6 +65,8 @@ def export_command(run: str | Path, step: int | None, out: str | Path, merge_lor
             os.replace(folder, out)
     except (OSError, SafetensorError) as error:
         what = getattr(error, "strerror", None) or error
+        if (of := getattr(error, "filename", None)) is not None and not Path(of).is_relative_to(out.parent):
+            what = f"{of}: {what}"
         free = "free space there or " if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) else ""
         raise OSError(f"cannot export to {out}: {what}; {free}choose another --out") from error
     typer.echo(f"step {checkpoint.step} of {run} -> {out}")
@@ -79,4 +82,9 @@ def _merge(run: Path, adapter: Path, out: Path, temp: Path) -> None:
     if base.startswith("tiny:"):
         load_family(ModelConfig(path=base, dtype=config.model.dtype, device="cpu")).save(temp / "twin")
         base = str(temp / "twin")
+    if not Path(base).is_dir():
+        raise ValueError(
+            f"{adapter} holds adapters of {base}, which is not there; put the base back, or correct "
+            "base_model_name_or_path in its adapter_config.json"
+        )
     merge_folder(Path(base), adapter, out, getattr(torch, config.model.dtype))

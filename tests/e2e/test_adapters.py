@@ -127,6 +127,16 @@ def test_an_export_loads_in_transformers_with_the_logits_of_base_and_adapters(tr
     }
 
 
+def test_adapters_whose_base_is_gone_are_not_merged(trained, tmp_path, longrl):
+    run, base = trained
+    base.rename(tmp_path / "elsewhere")
+    said = longrl("export", run, "--merge-lora")
+    (tmp_path / "elsewhere").rename(base)
+    assert said.returncode == 2
+    assert f"holds adapters of {base}, which is not there; put the base back, or correct" in said.stderr
+    assert not list((run / "export").iterdir())
+
+
 def test_adapters_are_evaluated_and_asked_but_trained_no_further(trained, dataset, tmp_path, longrl):
     run, _ = trained
     [adapter] = run.glob("checkpoints/*/model")

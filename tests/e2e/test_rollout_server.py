@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import signal
 import time
 import urllib.error
@@ -22,7 +23,7 @@ from longrl.report.metrics import Metrics, read_metrics
 from longrl.rollout import remote
 from longrl.rollout.client import Server, ServerLostError, ServerRefusedError
 from longrl.rollout.native import NativeEngine
-from longrl.rollout.wire import TOKEN_ENV, Answer, Asked
+from longrl.rollout.wire import TOKEN_ENV, About, Answer, Asked
 from longrl.stopping import Stopped, listen
 from longrl.train_rl import train_rl
 from longrl.training import Training
@@ -299,6 +300,23 @@ def test_rollouts_that_are_too_old_stop_the_run(make, monkeypatch):
     monkeypatch.setattr("longrl.rollout.engine.NativeEngine", Older)
     with pytest.raises(RuntimeError, match=r"weights version -1, the policy's is 0, and rollout.max_staleness 0"):
         train_rl(make("run", alone=True))
+
+
+def test_a_prompt_that_a_server_has_no_room_for_is_left_out(make, dataset, monkeypatch, tmp_path):
+    row = json.loads(dataset.train_rl.read_text().splitlines()[0])
+    row["video"] = str(dataset.train_rl.parent / row["video"])
+    long = row | {"id": "long", "question": "Why? " * 999}
+    (tmp_path / "rows.jsonl").write_text(f"{json.dumps(row)}\n{json.dumps(long)}\n")
+    about = Server.about
+
+    async def cramped(self: Server) -> About:
+        return (await about(self)).model_copy(update={"room": 1000})
+
+    monkeypatch.setattr(Server, "about", cramped)
+    rows = {"train": str(tmp_path / "rows.jsonl"), "on_error": "skip"}
+    config = make("run", steps=2, prompts_per_step=1, data=rows)
+    train_rl(config)
+    assert lines(config)[-1]["data/skipped"] == 1
 
 
 # what does not go together

@@ -113,6 +113,30 @@ def test_traceback_only_when_asked(longrl, base, monkeypatch):
 
 
 @pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["nope"], "No such command 'nope'; see longrl --help"),
+        (["score", "--model", "m"], "Missing option '--prompt'; see longrl score --help"),
+        (["launch", "slurm", "c.yaml", "--nodes", "0"], "Invalid value for '--nodes'"),
+        (["check"], "Missing argument 'CONFIG'; see longrl check --help"),
+        (["export", "run", "--steps", "2"], "No such option: --steps"),
+    ],
+)
+def test_a_wrong_command_line_is_one_line_too(arguments, line, longrl):
+    done = longrl(*arguments)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"longrl: error: {line}")
+    assert done.stderr.count("\n") == 1
+
+
+def test_without_arguments_there_is_help(longrl):
+    for arguments in ([], ["launch"]):
+        done = longrl(*arguments)
+        assert done.returncode == 2
+        assert "Commands:" in done.stderr
+
+
+@pytest.mark.parametrize(
     ("error", "line", "status"),
     [
         (ValueError("a: got 1,\nexpected 2"), "error: a: got 1, expected 2", 2),

@@ -23,6 +23,8 @@ def test_export_copies_the_model_folder(tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     export_command(tmp_path / "run", None, tmp_path / "new" / "deep")
     export_command(str(tmp_path / "run"), 1, str(tmp_path / "empty"))
+    export_command(tmp_path / "run", 1, None)
+    assert (tmp_path / "run" / "export" / "step_000001" / "config.json").is_file()
     assert (tmp_path / "new" / "deep" / "deep" / "model.bin").read_text() == "weights 2"
     assert (tmp_path / "empty" / "deep" / "model.bin").read_text() == "weights 1"
     assert names(tmp_path) == ["empty", "new", "run"]

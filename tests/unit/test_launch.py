@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -123,23 +124,51 @@ def test_what_is_stopped_and_saved_is_queued_again(status, saves, again, work, t
     assert ("not queued again" in done.stderr) == (status == 75 and not saves)
 
 
-def test_a_signal_before_the_limit_is_passed_on_and_the_run_ends_its_step(work, tmp_path):
-    """As above; srun is told by scancel, saves, and ends."""
+@pytest.mark.parametrize(
+    ("stop_before_s", "ends", "then", "status", "again"),
+    [
+        (300, 75, None, 75, True),
+        (300, 138, None, 75, True),  # told before they listened
+        (2, None, signal.SIGTERM, 75, True),  # by the limit, which comes no sooner than that
+        (300, None, signal.SIGTERM, 143, False),  # by scancel
+        (0, 143, None, 75, True),  # the ranks first, by the limit
+        (300, 143, None, 143, False),
+        (300, 2, None, 2, False),
+    ],
+)
+def test_a_signal_before_the_limit_is_passed_on_and_the_run_ends_its_step(
+    stop_before_s, ends, then, status, again, work, tmp_path
+):
+    """As above; srun is told by scancel, saves, and ends, or is there until the script is ended."""
     step = "runs/a b%/checkpoints/step_000003"
+    end = "touch saved; exec sleep 60" if ends is None else f"exit {ends}"
     stand_ins(
         tmp_path,
-        srun=f"touch running; until [ -e told ]; do sleep 0.01; done; mkdir -p '{step}'; exit 75",
+        srun=f"touch running; until [ -e told ]; do sleep 0.01; done; mkdir -p '{step}'; {end}",
         scancel='echo "$@" > told',
         scontrol='echo "$@" > scontrol',
     )
-    (tmp_path / "job.sbatch").write_text(slurm.script(work(), None, 300, None))
-    with subprocess.Popen(["bash", "job.sbatch"], env=environment()) as job:
-        while not (tmp_path / "running").exists():
-            time.sleep(0.01)
+    (tmp_path / "job.sbatch").write_text(slurm.script(work(), None, stop_before_s, None))
+    # srun outlives a script that is ended, so not its pipes
+    with subprocess.Popen(["bash", "job.sbatch"], env=environment(), stderr=subprocess.DEVNULL) as job:
+        wait_until((tmp_path / "running").exists)
         job.send_signal(signal.SIGUSR1)
-        assert job.wait(timeout=300) == 75
+        if then is not None:
+            wait_until((tmp_path / "saved").exists)
+            job.send_signal(then)
+        assert job.wait(timeout=300) == status
     assert (tmp_path / "told").read_text() == "--signal=USR1 17\n"
-    assert (tmp_path / "scontrol").read_text() == "requeue 17\n"
+    assert (tmp_path / "scontrol").exists() == again
+
+
+@pytest.mark.parametrize(
+    ("limit", "seconds"),
+    [("6", 360), ("5:59", 359), ("1:00:00", 3600), ("1-1", 90000), ("1-1:02", 90120), ("1-01:02:03", 90123)],
+)
+def test_a_job_has_a_minute_before_it_is_told_to_stop(limit, seconds, work, tmp_path):
+    assert f"--time={limit}\n" in slurm.script(work(), limit, seconds - 60, None)
+    with pytest.raises(ValueError, match=rf"is {seconds - 59} seconds, but .* has {seconds}, and needs 60"):
+        slurm.script(work(), limit, seconds - 59, None)
 
 
 @pytest.mark.parametrize("limit", ["1h", "12:00:00:00", "-5", "1:2", "10 --partition=x"])
@@ -173,6 +202,11 @@ def test_the_commands(longrl, work, tmp_path):
     done = longrl("launch", "ray", "q.yaml")
     assert done.returncode == 2
     assert "got 'quickstart', this command runs sft or rl or eval or flow" in done.stderr
+
+
+def wait_until(true: Callable[[], bool]) -> None:
+    while not true():
+        time.sleep(0.01)
 
 
 def stand_ins(folder: Path, **commands: str) -> None:

@@ -32,6 +32,7 @@ from longrl.rollout.vllm_rules import (
     require_version,
 )
 from longrl.rollout.vllm_weights import decoder_weights, save_adapters
+from longrl.train_rl import train_rl
 from tests.parity.test_shared_prefix import make_prompts
 
 
@@ -83,6 +84,14 @@ def test_what_it_cannot_do_is_refused_and_left_to_the_built_in_engine(changes, m
     name, why = choose_engine(config("auto", **changes), 1)
     assert name == "native"
     assert message in why
+
+
+def test_a_run_that_vllm_cannot_serve_is_refused_before_anything_is_made(tmp_path, monkeypatch):
+    monkeypatch.setattr(vllm_rules, "installed", lambda: None)
+    for path, message in (("tiny:qwen2", "vLLM is not installed"), ("tiny:qwen2_5_omni", "the model hears")):
+        with pytest.raises((RuntimeError, ValueError), match=message):
+            train_rl(config(path=path, run_dir=str(tmp_path / "run")))
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_rule_takes_vllm_for_short_prompts_and_many_turns(tmp_path, monkeypatch):

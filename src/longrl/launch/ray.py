@@ -84,6 +84,8 @@ def launch_ray(work: Work, address: str | None, cpus: int) -> None:
     try:
         if address is not None:  # Ray itself would try for minutes
             host, _, port = address.rpartition(":")
+            if not host or not port.isdigit():
+                raise ValueError("not HOST:PORT")
             socket.create_connection((host, int(port)), timeout=_GRACE_S).close()
         ray.init(address=address or "auto", log_to_driver=True)
     except (OSError, RuntimeError, ValueError) as error:

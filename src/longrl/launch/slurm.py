@@ -22,7 +22,9 @@ from longrl.stopping import EXIT_STATUS
 FOLDER = "slurm"
 """Of a run directory: the script, and a log of each job."""
 
-_TIME = re.compile(r"\d+(:\d\d){0,2}|\d+-\d+(:\d\d){0,2}")
+_TIME = re.compile(r"(?:(?P<days>\d+)-(?=\d+))?(?P<parts>\d+(?::\d\d){0,2})")
+LEAST_S = 60
+"""Of a job, before it is told to stop: Slurm may tell it so much early."""
 
 _RANKS = """
 # Process 0 is on this node, where the others find it. When one ends, the others have a minute to say what they see.
@@ -50,14 +52,20 @@ again() {{
 }}
 
 # Some time before the limit the ranks are told to end their step, save, and leave with {stopped}. If they have not by
-# then, they are ended, and this script too, in one order or the other: the run goes on from what was saved last.
-asked=
-trap 'asked=asked-; scancel --signal=USR1 "$SLURM_JOB_ID"' USR1
-trap '[ -z "$asked" ] || again; exit 143' TERM
+# then, they are ended, and this script too, in one order or the other: the run goes on from what was saved last. What
+# ends them sooner than that is not the limit, but somebody who cancels the job.
+told=
+trap 'told=$SECONDS; scancel --signal=USR1 "$SLURM_JOB_ID"' USR1
+at_the_limit() {{ [ -n "$told" ] && [ $((SECONDS - told)) -ge {at_least} ]; }}
+trap 'at_the_limit && again; exit 143' TERM
 ranks &
+while kill -0 $! 2>/dev/null; do wait $!; done  # a signal ends the waiting, not the ranks
 wait $!; status=$?
-while [ "$status" = 138 ]; do wait $!; status=$?; done  # the signal ended the waiting, not the ranks
-case $asked$status in {stopped} | asked-{stopped} | asked-137 | asked-143) again ;; esac
+case $status in
+  {stopped}) again ;;
+  138) [ -z "$told" ] || again ;;  # told before they listened
+  137 | 143) at_the_limit && again ;;
+esac
 exit "$status"
 """
 
@@ -71,7 +79,7 @@ def launch_slurm(work: Work, time: str | None, stop_before_s: int, cpus: int | N
         cpus: cores of each process; None: what Slurm gives a task.
 
     Raises:
-        ValueError: time is none.
+        ValueError: time is none, or too short.
         OSError: the script cannot be written.
         RuntimeError: there is no sbatch, or it refused.
     """
@@ -95,10 +103,13 @@ def script(work: Work, time: str | None, stop_before_s: int, cpus: int | None) -
     """The text of the batch script.
 
     Raises:
-        ValueError: time is none.
+        ValueError: time is none, or too short.
     """
-    if time is not None and not _TIME.fullmatch(time):
-        raise ValueError(f"--time is {time!r}, expected minutes, [HH:]MM:SS or D-HH[:MM[:SS]], as sbatch takes it")
+    if time is not None and (limit_s := _seconds(time)) < stop_before_s + LEAST_S and work.resumes:
+        raise ValueError(
+            f"--stop-before is {stop_before_s} seconds, but a job of --time {time} has {limit_s}, and needs {LEAST_S} "
+            "before it is told to stop; lower --stop-before, or give more --time"
+        )
     run_dir = work.folder / work.config.run_dir
     options: dict[str, object] = {
         "job-name": _quoted(run_dir.name),
@@ -118,11 +129,24 @@ def script(work: Work, time: str | None, stop_before_s: int, cpus: int | None) -
     if work.resumes:
         options |= {"requeue": None, "signal": f"B:USR1@{stop_before_s}"}
         checkpoints = shlex.quote(str(run_dir / CHECKPOINTS))
-        body += _UNTIL_DONE.format(checkpoints=checkpoints, stopped=EXIT_STATUS)
+        # seconds are whole here and at Slurm, which is never early with the limit, but may be with the signal
+        body += _UNTIL_DONE.format(checkpoints=checkpoints, stopped=EXIT_STATUS, at_least=max(0, stop_before_s - 2))
     else:
         body += "ranks\n"
     lines = [f"#SBATCH --{name}" + ("" if value is None else f"={value}") for name, value in options.items()]
     return "\n".join(["#!/bin/bash", *lines, body])
+
+
+def _seconds(time: str) -> int:
+    """Minutes, MM:SS, HH:MM:SS, D-HH, D-HH:MM or D-HH:MM:SS."""
+    found = _TIME.fullmatch(time)
+    if found is None:
+        raise ValueError(f"--time is {time!r}, expected minutes, [HH:]MM:SS or D-HH[:MM[:SS]], as sbatch takes it")
+    parts = [int(part) for part in found["parts"].split(":")]
+    if found["days"] is None and len(parts) < 3:
+        parts.insert(0, 0)  # hours
+    hours, minutes, seconds = (*parts, 0, 0)[:3]
+    return ((int(found["days"] or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
 
 
 def _quoted(text: str) -> str:

@@ -84,6 +84,11 @@ class Server:
                 if reply.is_success:
                     return reply.content
                 why = " ".join(reply.text.split())[:500] or f"HTTP {reply.status_code}"
+                if reply.status_code in (404, 405):
+                    raise ServerRefusedError(
+                        f"{self.url} is no rollout server ({method} {path}: HTTP {reply.status_code}); give in "
+                        "rollout.server.urls what `longrl rollout-server` says"
+                    )
                 if reply.status_code < 500 and reply.status_code != 429:
                     raise ServerRefusedError(f"rollout server {self.url}: {why}")
             if failing_since is None or (there and time.monotonic() - began > WORKED_S):

@@ -67,10 +67,16 @@ class Engine(Protocol):
 
 
 def settle_engine(config: RlConfig, ranks: Ranks) -> RlConfig:
-    """With the engine that `rollout.engine: auto` stands for, which nodes might see differently: the main rank says."""
-    if config.rollout.server or config.rollout.engine != "auto":
+    """With the engine that `rollout.engine: auto` stands for, which nodes might see differently: the main rank says.
+
+    Raises:
+        ValueError, RuntimeError: as choose_engine; before anything is made or loaded.
+    """
+    if config.rollout.server:
         return config
     name, why = ranks.from_main(choose_engine, config, ranks.size)
+    if config.rollout.engine == name:
+        return config
     if ranks.is_main:
         log.info("rollouts by the engine %s: %s", name, why)
     return with_engine(config, name)

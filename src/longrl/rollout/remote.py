@@ -18,7 +18,7 @@ from longrl.policy import Policy
 from longrl.rewards.remote import start
 from longrl.rollout.client import Server, ServerLostError, ServerRefusedError
 from longrl.rollout.weights import Outbox, fingerprint
-from longrl.rollout.wire import Answer, Asked, AskedMedia, AskedPrompt, Sampling, Weights
+from longrl.rollout.wire import About, Answer, Asked, AskedMedia, AskedPrompt, Sampling, Weights
 from longrl.types import Example, Group, Prompt, Rollout
 
 Drawn = dict[int, tuple[Rollout, ...]]
@@ -55,7 +55,11 @@ class RemoteEngine:
         self._begun: dict[int, tuple[Future[Answer], int]] = {}
         """By seed, on the rank that asked: the answer, and where in it."""
         self.drawn: Drawn = {}
-        self._agree(self._check())
+        abouts, error = self._ask()
+        self._agree(error)
+        told = [about for some in ranks.gather_all(abouts) for about in some]
+        self._room = min((about.room for about in told if about.room is not None), default=None)
+        self.longest_clip = min((about.longest_clip for about in told if about.longest_clip is not None), default=None)
 
     def rollout(
         self, examples: Sequence[Example], prompts: Sequence[Prompt], seeds: Sequence[int]
@@ -111,10 +115,9 @@ class RemoteEngine:
         return other
 
     @property
-    def longest_prompt(self) -> None:
-        """Servers say it of a prompt that is longer."""
-
-    longest_clip = longest_prompt
+    def longest_prompt(self) -> int | None:
+        """Of the server that has least room."""
+        return None if self._room is None else self._room - self.config.max_new_tokens
 
     def update_weights(self) -> None:
         """They are written when rollouts are asked for."""
@@ -124,19 +127,22 @@ class RemoteEngine:
         if not self.config.max_staleness or self.policy.version == self.steps:
             self.outbox.clear()
 
-    def _check(self) -> Exception | None:
-        """Asks every server for its model, on the first of the ranks that share prompts."""
+    def _ask(self) -> tuple[list[About], Exception | None]:
+        """What every server is, on the first of the ranks that share prompts."""
+        told: list[About] = []
         if self.ranks.sp_rank > 0:
-            return None
+            return told, None
         try:
             for server in self.servers:
-                if (about := start(server.about()).result()).model != self.model:
+                told.append(about := start(server.about()).result())
+                if about.model != self.model:
                     raise ServerRefusedError(
                         f"rollout server {server.url} has another model (fingerprint {about.model[:12]}, the run's is "
                         f"{self.model[:12]}): start it with the run's own configuration"
                     )
         except (ServerLostError, ServerRefusedError) as error:
-            return error
+            return [], error
+        return told, None
 
     def _wait(self, seeds: Sequence[int], within_s: float) -> tuple[Drawn, Exception | None]:
         drawn: Drawn = {}

@@ -27,7 +27,7 @@ from longrl.config import ParallelConfig, RlConfig
 from longrl.evals.controls import shuffled_by_key
 from longrl.parallel.ranks import ALONE
 from longrl.policy import load_policy
-from longrl.rollout.engine import Engine, build_engine
+from longrl.rollout.engine import Engine, build_engine, settle_engine
 from longrl.rollout.weights import fingerprint, read_weights
 from longrl.rollout.wire import TOKEN_ENV, About, Answer, Asked, AskedMedia, AskedPrompt, Sampling, Weights, explain
 from longrl.types import Clip, Example, MediaEmbeds, Prompt, Rollout
@@ -59,9 +59,16 @@ class RolloutServer:
         """
         here = config.rollout.model_copy(update={"server": None, "max_staleness": 0})
         self.config = config.model_copy(update={"parallel": ParallelConfig(), "rollout": here})
+        self.config = settle_engine(self.config, ALONE)
         self.policy = load_policy(config.model, self.config, ALONE)
         self.engine = build_engine(self.config, self.policy, lambda part: nullcontext())
-        self.about = About(model=fingerprint(self.policy, config.model), engine=type(self.engine).__name__)
+        longest = self.engine.longest_prompt
+        self.about = About(
+            model=fingerprint(self.policy, config.model),
+            engine=type(self.engine).__name__,
+            room=None if longest is None else longest + config.rollout.max_new_tokens,
+            longest_clip=self.engine.longest_clip,
+        )
         self.cache = EmbedCache(config.cache.dir)
         self.num_tokens = self.policy.family.model.config.get_text_config().vocab_size
         self._engines: dict[Sampling, Engine] = {}

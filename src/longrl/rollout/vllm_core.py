@@ -210,7 +210,7 @@ def _start(arguments: dict[str, Any]) -> Any:
         from vllm import LLM  # pyright: ignore[reportMissingImports]
 
         return LLM(**arguments)
-    except (ValueError, RuntimeError, ImportError) as error:
+    except (ValueError, RuntimeError, ImportError, OSError) as error:
         raise RuntimeError(f"vLLM does not start: {' '.join(str(error).split())}") from error
     finally:
         torch.set_num_threads = set_num_threads  # which the CPU build takes away

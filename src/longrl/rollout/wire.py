@@ -94,6 +94,10 @@ class Answer(Part):
 class About(Part):
     model: str
     engine: str
+    room: Index | None
+    """Tokens of a prompt and its response; None: not bounded, or not known."""
+    longest_clip: Index | None
+    """Embeddings of one clip; None: as the prompt."""
 
 
 def explain(error: ValidationError) -> str:
