@@ -39,9 +39,8 @@ def test_a_vllm_server_draws_what_vllm_in_the_process_draws_and_the_reward_rises
     with ServerProcess(config("server"), tmp_path / "server-files") as server:
         ours, theirs = lines(config("served", server.url, steps=2)), lines(config("alone", steps=2))
         for line, other in zip(ours, theirs, strict=True):
-            # sums in another order round otherwise, and a draw at the edge may fall on the other side
-            assert line["reward/mean"] == pytest.approx(other["reward/mean"], abs=0.05)
-            assert line["grad_norm"] == pytest.approx(other["grad_norm"], rel=0.1)
+            assert line["reward/mean"] == pytest.approx(other["reward/mean"], abs=0.01)  # of 64: the same draws
+            assert line["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-3)  # its rounding, in fp32
             assert 0 < line["sampling/logprob_diff"] <= BOUND
         ahead = lines(config("ahead", server.url, {"max_staleness": 1}, algo={"correction": "truncate"}))
     assert ahead[0]["sampling/logprob_diff"] <= BOUND

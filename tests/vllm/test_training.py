@@ -112,7 +112,7 @@ def test_two_processes_draw_what_one_does(parallel, dataset, tmp_path, root):
     config = rl_config(dataset, tmp_path, **settings, parallel=parallel)
     config = config.model_copy(update={"run_dir": str(tmp_path / "two")})
     save_config(config, tmp_path / "two.yaml")
-    done = torchrun(root, "rl", tmp_path / "two.yaml", timeout_s=280)
+    done = torchrun(root, "rl", tmp_path / "two.yaml")
     assert done.returncode == 0, done.stderr
     lines = read_metrics(tmp_path / "two" / "metrics.jsonl")
     for ours, theirs in zip(lines, alone, strict=True):
