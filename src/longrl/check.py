@@ -47,7 +47,7 @@ from longrl.rewards.compose import REWARDS, bound, require_truth
 from longrl.rewards.maths import require_math_verify
 from longrl.rollout.vllm_rules import choose_engine, with_engine
 from longrl.runtime import CHECKPOINTS, rank_and_size
-from longrl.scoring_config import REWARD_NAMES, ScoringConfig, require_used, require_weights, rewards_of
+from longrl.scoring_config import REWARD_NAMES, ScoringConfig, require_used, require_weights, rewards_of, with_answer
 
 BF16_DIFF = 0.5
 """For algo.max_logprob_diff in bfloat16: above what rounding does (docs/numerics.md), below what a fault does."""
@@ -237,9 +237,10 @@ def _require_rows(config: DataRunConfig, name: str, path: str) -> None:
         demonstrations=isinstance(config, SftConfig),
     )
     if isinstance(config, JudgedConfig):
+        weights = with_answer(config.rewards) if name == "eval" else config.rewards
         said = {*config.rewards, *config.scoring.by_kind.values()}
         for example in examples:
-            for reward in rewards_of(example.kind, config.rewards, config.scoring):
+            for reward in rewards_of(example.kind, weights, config.scoring):
                 if reward in REWARDS and reward not in said:
                     _require_reward(reward, config.scoring)
                     said.add(reward)

@@ -114,6 +114,29 @@ def test_a_judged_run_learns_its_costs_and_keeps_its_key(dataset, tmp_path, monk
     assert [path for path in files if SECRET.encode() in path.read_bytes()] == []
 
 
+def test_accuracy_asks_at_once_and_is_counted(tmp_path, monkeypatch):
+    """Where no reward of the run does: 4 questions, 2 answers each."""
+    monkeypatch.setattr(runner, "NativeEngine", Answering)
+    monkeypatch.setenv("A_KEY", SECRET)
+    rows = [{"id": i, "question": f"What is {i}?", "answer": "2"} for i in range(4)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with JudgeServer(delay_s=1.0) as server:
+        settings = {
+            "run_dir": str(tmp_path / "run"),
+            "model": {"path": "tiny:qwen2"},
+            "data": {"eval": str(tmp_path / "rows.jsonl")},
+            "rollout": {"max_new_tokens": 1},
+            "eval": {"samples": 2, "temperature": 2.0},
+            "scoring": {"by_kind": {"open": "judge"}},
+            **judged(server, tmp_path),
+            "rewards": {"format": 1.0},
+        }
+        result = run_eval(EvalRunConfig.model_validate(settings))
+        assert result.asked["judge/requests"] == len(server.asked) > 4  # one at the start
+        assert server.most_at_once == len(server.asked) - 1
+        assert result.overall.accuracy == pytest.approx(0.25)
+
+
 @pytest.mark.parametrize(
     ("broken", "message"),
     [

@@ -157,6 +157,15 @@ def test_rows_and_their_rewards(check, settings, row, words):
         check(**settings)
 
 
+def test_truths_that_only_evaluation_needs(check):
+    Path("held_out.jsonl").write_text(json.dumps({**ROW, "answer": "a red ball"}))
+    settings = {"rewards": {"format": 1}, "scoring": {"by_kind": {"open": "number"}}}
+    data = {**BASE["data"], "eval": "held_out.jsonl"}
+    check(**settings, data={"train": "held_out.jsonl"})
+    with pytest.raises(ValueError, match=r"data\.eval: example 1: the truth must be a number"):
+        check(**settings, data=data, eval_every_steps=2)
+
+
 def test_pictures_of_one_size_cannot_be_made_smaller():
     shape = shape_of("tiny:vila")
     assert shape

@@ -171,7 +171,6 @@ def test_answer_is_the_reward_of_the_examples_kind(kind, truth, said, value):
     rewards.require([asked.example])
     [one] = rewards(asked)
     assert one.reward == pytest.approx(value, abs=1e-15)
-    assert rewards.accuracy(asked.example, one) == one.reward
     assert rewards(group(answered(said), answer=None, kind=kind))[0].reward is None
 
 
@@ -189,9 +188,19 @@ def test_kinds_can_be_scored_by_something_else():
 
 
 def test_accuracy_does_not_hang_on_the_weights():
-    rewards = build_rewards({"format": 1.0})
-    asked = group(answered("B"), "C")
-    assert [rewards.accuracy(asked.example, one) for one in rewards(asked)] == [1.0, 0.0]
+    scored = build_rewards({"format": 1.0}).begin(group(answered("B"), "B"), held_out=True).result()
+    assert [(one.reward, one.rewards["answer"]) for one in scored] == [(1.0, 1.0), (0.0, 1.0)]
+
+
+def test_failures_of_accuracy_alone_are_counted_and_stop_nothing(caplog):
+    broken = f"{__name__}:not_a_number"
+    rewards = build({"format": 1.0}, by_kind={"choice": broken}, in_process=[broken], max_failures=3)
+    one = group(*["a"] * 20)
+    for name in ("q7", "another"):
+        scored = rewards.begin(replace(one, example=replace(one.example, id=name)), held_out=True).result()
+        assert {(one.reward, one.rewards["answer"]) for one in scored} == {(0.0, None)}
+    assert rewards.failures == {"format": 0, "answer": 40}
+    assert f"reward {broken} of example q7 failed: ValueError" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -205,12 +214,16 @@ def test_truths_that_cannot_be_read_are_found_before_the_run(kind, truth):
     with pytest.raises(ValueError, match="example q7: the truth "):
         build_rewards({"answer": 1.0}).require([example(truth, kind)])
     build_rewards({"format": 1.0}).require([example(truth, kind)])
+    with pytest.raises(ValueError, match="example q7: the truth "):  # which evaluation needs
+        build_rewards({"format": 1.0}).require([], [example(truth, kind)])
 
 
 def test_math_without_math_verify_is_found_before_the_run(monkeypatch):
     monkeypatch.setattr("longrl.rewards.maths.importlib.util.find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"math-verify, which is not installed: pip install 'longrl\[math\]'"):
         build_rewards({"answer": 1.0}).require([example("1", "math")])
+    with pytest.raises(ValueError, match="math-verify, which is not installed"):
+        build_rewards({"format": 1.0}).require([], [example("1", "math")])
     build_rewards({"answer": 1.0}).require([example("B")])
 
 

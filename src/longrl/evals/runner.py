@@ -80,7 +80,7 @@ def run_eval(config: EvalRunConfig, ranks: Ranks = ALONE) -> EvalResult:
     skips = Skips(config.data)
     examples = load_questions(config, skips)
     rewards = build_rewards(config.rewards, config.scoring, config.judge, ranks.dp_size)
-    rewards.require(examples, expressions=ranks.is_main)
+    rewards.require((), examples, expressions=ranks.is_main)
     require_model(config.model, config.parallel)
     if config.control:
         require_control(config.control, examples)
@@ -151,7 +151,7 @@ def evaluate(
     def judge(groups: Sequence[Group]) -> None:
         for group in groups:
             said = tuple(replace(one, text=forced + one.text) for one in group.rollouts)
-            begun.append(rewards.begin(replace(group, rollouts=said)))
+            begun.append(rewards.begin(replace(group, rollouts=said), held_out=True))
 
     build.prepare(examples)
     keys: set[str] = set()
@@ -174,7 +174,7 @@ def evaluate(
     if policy.embeds_pass:  # nobody reads them any more, here or on another rank
         build.cache.remove(keys)
     asked = Totals.sum(ranks.gather_all(rewards.take()))
-    return _result(stage, examples, found, rewards, asked.counts, config.eval.samples, skips)
+    return _result(stage, examples, found, asked.counts, config.eval.samples, skips)
 
 
 def _sampling(config: RlConfig | EvalRunConfig | QuickstartConfig, in_flight: int) -> RolloutConfig:
@@ -203,12 +203,11 @@ def _result(
     stage: str,
     examples: Sequence[Example],
     found: dict[str, list[Scored]],
-    rewards: Rewards,
     asked: dict[str, float | None],
     samples: int,
     skips: Skips,
 ) -> EvalResult:
-    right = {e.id: [rewards.accuracy(e, one) for one in found.get(e.id, [])] for e in examples}
+    right = {e.id: [one.rewards["answer"] or 0.0 for one in found.get(e.id, [])] for e in examples}
 
     def accuracy(where: Callable[[Example], bool]) -> Accuracy:
         picked = [sum(right[e.id]) / samples for e in examples if where(e)]

@@ -7,7 +7,7 @@ import inspect
 import logging
 import math
 from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +23,7 @@ from longrl.rewards.penalties import length_reward, repetition_reward
 from longrl.rewards.pool import Pool, RewardError
 from longrl.rewards.quantity import grounding_reward, number_of, number_reward, regression_reward, span_of
 from longrl.rewards.text import ocr_reward, plain_words, read_words, rouge_reward
-from longrl.scoring_config import ScoringConfig, require_used, require_weights, rewards_of
+from longrl.scoring_config import ScoringConfig, require_used, require_weights, rewards_of, with_answer
 from longrl.totals import Totals
 from longrl.types import Example, Group, Rollout, Scored
 
@@ -107,22 +107,30 @@ class Rewards:
         """The group's rollouts in their order, each with its rewards, late ones too; advantages are still 0."""
         return self.begin(group).result()
 
-    def begin(self, group: Group) -> Begun:
-        """Calls every reward; those that return a Future are not waited for."""
-        return Begun(self, group)
+    def begin(self, group: Group, *, held_out: bool = False) -> Begun:
+        """Calls every reward; those that return a Future are not waited for.
 
-    def require(self, examples: Iterable[Example], *, expressions: bool = True) -> None:
+        Args:
+            held_out: `answer` too, whatever the run names: evaluation calls it accuracy.
+        """
+        return Begun(self, group, with_answer(self.weights) if held_out else self.weights)
+
+    def require(
+        self, examples: Sequence[Example], held_out: Sequence[Example] = (), *, expressions: bool = True
+    ) -> None:
         """Looks whether all examples can be scored, before a model is loaded.
 
         Args:
+            held_out: those of evaluation, which needs `answer` too.
             expressions: the truths of math too, some milliseconds each: of several ranks one is enough.
 
         Raises:
             ValueError: a truth that its reward cannot read, or a reward that cannot be loaded.
         """
         asked: dict[str, Example] = {}
-        for example in examples:
-            for name in rewards_of(example.kind, self.weights, self.scoring):
+        named = [*((one, self.weights) for one in examples), *((one, with_answer(self.weights)) for one in held_out)]
+        for example, weights in named:
+            for name in rewards_of(example.kind, weights, self.scoring):
                 self._reward(name)
                 require_truth(name, example)
                 is_expression = example.answer is not None and not is_plain_number(example.answer)
@@ -151,12 +159,6 @@ class Rewards:
                 why = f"example {examples[truth].id}: the truth {truth[:60]!r} cannot be read by math: {why}"
             raise ValueError(why) from error
 
-    def accuracy(self, example: Example, one: Scored) -> float:
-        """How right a rollout is, 0 to 1: its part `answer`, whatever its weight; 0.0 where it has none."""
-        if "answer" not in self.weights:
-            one = self.score(example, one.rollout, {"answer": self._call("answer", example, one.rollout)})
-        return one.rewards["answer"] or 0.0
-
     def check(self) -> None:
         """Looks whether what the rewards ask outside this process is there; raises as `Judge.check`."""
         if self.judge is not None:
@@ -166,9 +168,9 @@ class Rewards:
         """What was asked outside this process since this was last called, and what it cost."""
         return Totals() if self.judge is None else self.judge.take()
 
-    def call(self, example: Example, rollout: Rollout) -> dict[str, Any]:
+    def call(self, names: Iterable[str], example: Example, rollout: Rollout) -> dict[str, Any]:
         """By name, what each reward returns, or the exception that it raises."""
-        return {name: self._call(name, example, rollout) for name in self.weights}
+        return {name: self._call(name, example, rollout) for name in names}
 
     def score(self, example: Example, rollout: Rollout, made: dict[str, Any]) -> Scored:
         """made: by name, what each reward gave: a number, None, an exception, or a Future that is waited for.
@@ -184,7 +186,11 @@ class Rewards:
             except (Exception, SystemExit) as error:  # noqa: BLE001 - user code: its failure must not end the run, nor pass for a 0
                 parts[name], why = None, f"{type(error).__name__}: {error}"
                 failed.append(name)
-            self._count(name, example, why)
+            self.failures[name] += why is not None
+            if name in self.weights:
+                self._count(self._routed(name, example), example, why)
+            elif why is not None:  # of accuracy alone, which never stops a run
+                self._warn(self._routed(name, example), example, why)
         # A reward of weight 0 is only watched: it cannot keep a rollout from being trained.
         weighted = {name: weight for name, weight in self.weights.items() if weight and name in parts}
         known = [weight * part for name, weight in weighted.items() if (part := parts[name]) is not None]
@@ -216,13 +222,12 @@ class Rewards:
     def _count(self, name: str, example: Example, why: str | None) -> None:
         """
         Args:
+            name: of what `answer` is, not `answer`.
             why: it failed; None: it has not.
 
         Raises:
             RuntimeError: it has failed too often.
         """
-        self.failures[name] += why is not None
-        name = self._routed(name, example)
         recent = self._recent[name]
         recent.append(why is not None)
         if why is None:
@@ -263,9 +268,9 @@ def require_truth(name: str, example: Example) -> None:
 class Begun:
     """A group whose rewards have been called; some may be late."""
 
-    def __init__(self, rewards: Rewards, group: Group) -> None:
+    def __init__(self, rewards: Rewards, group: Group, names: Iterable[str]) -> None:
         self.rewards, self.group = rewards, group
-        self.made = [rewards.call(group.example, rollout) for rollout in group.rollouts]
+        self.made = [rewards.call(names, group.example, rollout) for rollout in group.rollouts]
 
     @property
     def is_late(self) -> bool:
