@@ -97,8 +97,9 @@ class ScoringConfig(Section):
     memory_gib: Annotated[float, Field(ge=0.25)] = 2.0
     """What a worker may have."""
     max_failures: Annotated[int, Field(ge=0)] = 100
-    """The run stops when more of the last 1,000 calls of a reward have failed. It also stops when the first 16 have
-    all failed, of several examples; but for the judge, which may be away for a while."""
+    """The run stops when more of the last 1,000 responses that a reward was called for have failed, or the first 16
+    all have, of several examples. The judge may be away for a while: it stops the run by the former alone, when a step
+    ends, saved."""
 
     @field_validator("in_process")
     @classmethod

@@ -74,6 +74,7 @@ def train_rl(config: RlConfig, ranks: Ranks = ALONE) -> Path:
                 with metrics.time("media"):
                     batch = ahead.draw(step) if ahead else training.draw(examples, step)
                 with training.kept(step - 1):
+                    rewards.require_judge(ranks)  # lost in evaluation
                     if ahead:
                         ahead(step, batch)
                     parts = first_update(step, batch, partial(training.refill, examples, step))

@@ -144,6 +144,14 @@ def test_a_reward_that_has_never_worked_stops_the_run_and_says_why_once(caplog):
     assert len([line for line in caplog.messages if "failed: " in line]) == 1
 
 
+def test_a_response_is_counted_once_by_whatever_names_a_reward_is_called():
+    name = f"{__name__}:not_a_number"
+    rewards = build({name: 0.5, "answer": 0.5}, by_kind={"choice": name}, max_failures=2)
+    assert {one.failed for one in rewards(group("a", "b"))} == {(name, "answer")}
+    with pytest.raises(RuntimeError, match=r"failed on 3 of its last 3 responses, .* allows 2; .*; mend it, or set sco"):
+        rewards(group("c"))
+
+
 def test_failures_that_are_long_past_do_not_stop_the_run():
     name = f"{__name__}:raises_often"
     rewards = build({name: 1.0}, max_failures=1)

@@ -91,6 +91,7 @@ def run_eval(config: EvalRunConfig, ranks: Ranks = ALONE) -> EvalResult:
     change = CONTROLS[config.control] if config.control else None
     stage = config.control or "eval"
     result = evaluate(policy, examples, config, skips, rewards, stage=stage, ranks=ranks, change=change)
+    rewards.require_judge(ranks)
     if ranks.is_main:
         _write(result, run_dir)
     return result

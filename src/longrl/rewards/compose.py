@@ -10,7 +10,7 @@ from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from longrl.judge_config import JudgeConfig
 from longrl.registry import resolve
@@ -26,6 +26,9 @@ from longrl.rewards.text import ocr_reward, plain_words, read_words, rouge_rewar
 from longrl.scoring_config import ScoringConfig, require_used, require_weights, rewards_of, with_answer
 from longrl.totals import Totals
 from longrl.types import Example, Group, Rollout, Scored
+
+if TYPE_CHECKING:
+    from longrl.parallel.ranks import Ranks
 
 logger = logging.getLogger(__name__)
 
@@ -76,6 +79,10 @@ class Soon:
     future: Future[float | None]
 
 
+class JudgeLostError(RuntimeError):
+    """The judge has been away for too long."""
+
+
 class Rewards:
     """Scores groups. `failures` counts, by reward name, the rollouts that a reward failed on."""
 
@@ -96,6 +103,8 @@ class Rewards:
         self._warned: set[tuple[str, str]] = set()
         self._failing: dict[str, set[str]] = defaultdict(set)
         """By name, the examples that a reward has failed on."""
+        self._last_failure = ""
+        """Of the judge."""
         keys = {key for model in (judge.models if judge else ()) if (key := model.config.key_env)}
         self._pool = Pool(scoring.workers, scoring.timeout_s, int(scoring.memory_gib * 2**30), keys)
         self._bound: dict[str, Reward] = {}
@@ -164,6 +173,23 @@ class Rewards:
         if self.judge is not None:
             self.judge.check()
 
+    def require_judge(self, ranks: Ranks) -> None:
+        """Called between steps, by all ranks, which lose the judge alike: its failures do not stop the run before.
+
+        Raises:
+            JudgeLostError: some rank has had more than `scoring.max_failures` of its failures.
+        """
+        if self.judge is None:
+            return
+        recent = self._recent["judge"]
+        count = sum(recent)
+        lost = count > self.scoring.max_failures and (
+            f"the judge has failed on {count} of its last {len(recent)} responses, scoring.max_failures allows "
+            f"{self.scoring.max_failures}; of {self._last_failure}; see whether its service is up"
+        )
+        if said := next(filter(None, ranks.gather_all(lost)), None):
+            raise JudgeLostError(said)
+
     def take(self) -> Totals:
         """What was asked outside this process since this was last called, and what it cost."""
         return Totals() if self.judge is None else self.judge.take()
@@ -178,7 +204,7 @@ class Rewards:
         Raises:
             RuntimeError: a reward has failed too often.
         """
-        parts, failed = {}, []
+        parts, failed, whys = {}, [], dict[str, str | None]()
         for name, x in made.items():
             why = None
             try:
@@ -187,10 +213,13 @@ class Rewards:
                 parts[name], why = None, f"{type(error).__name__}: {error}"
                 failed.append(name)
             self.failures[name] += why is not None
+            routed = self._routed(name, example)
             if name in self.weights:
-                self._count(self._routed(name, example), example, why)
+                whys[routed] = whys.get(routed) or why
             elif why is not None:  # of accuracy alone, which never stops a run
-                self._warn(self._routed(name, example), example, why)
+                self._warn(routed, example, why)
+        for name, why in whys.items():
+            self._count(name, example, why)
         # A reward of weight 0 is only watched: it cannot keep a rollout from being trained.
         weighted = {name: weight for name, weight in self.weights.items() if weight and name in parts}
         known = [weight * part for name, weight in weighted.items() if (part := parts[name]) is not None]
@@ -234,16 +263,19 @@ class Rewards:
             return
         self._failing[name].add(example.id)
         self._warn(name, example, why)
+        if name == "judge":  # see require_judge
+            self._last_failure = f"example {example.id}: {why}"
+            return
         count = sum(recent)
         if count > self.scoring.max_failures:
             allowed = f"scoring.max_failures allows {self.scoring.max_failures}"
-        elif count == len(recent) >= _AT_FIRST and len(self._failing[name]) > 1 and name != "judge":
+        elif count == len(recent) >= _AT_FIRST and len(self._failing[name]) > 1:
             allowed = "none was scored"
         else:
             return
         raise RuntimeError(
-            f"reward {name} has failed on {count} of its last {len(recent)} responses, {allowed}; the log says how; of "
-            f"example {example.id}: {why}"
+            f"reward {name} has failed on {count} of its last {len(recent)} responses, {allowed}; of example "
+            f"{example.id}: {why}; mend it, or set scoring.max_failures to what may fail"
         )
 
     def _warn(self, name: str, example: Example, why: str) -> None:
