@@ -188,7 +188,7 @@ def test_a_judge_that_is_away_too_long_leaves_a_run_that_is_saved(dataset, tmp_p
     rollout = {"group_size": 26, "max_new_tokens": 1}
     with JudgeServer(down) as server:
         settings = {"steps": 3, "rollout": rollout, **judged(server, tmp_path, breaker_failures=1000)}
-        with pytest.raises(Stopped, match=r"judge has failed on 104 of its last 312 .*; stopped after step 2 of 3 and saved"):
+        with pytest.raises(Stopped, match=r"failed on 104 of its last 312 .*; stopped after step 2 of 3 and saved"):
             train_rl(rl_config(dataset, tmp_path, **settings))
         assert [line["step"] for line in read_metrics(tmp_path / "run" / "metrics.jsonl")] == [1, 2]
         away = False

@@ -148,7 +148,7 @@ def test_a_response_is_counted_once_by_whatever_names_a_reward_is_called():
     name = f"{__name__}:not_a_number"
     rewards = build({name: 0.5, "answer": 0.5}, by_kind={"choice": name}, max_failures=2)
     assert {one.failed for one in rewards(group("a", "b"))} == {(name, "answer")}
-    with pytest.raises(RuntimeError, match=r"failed on 3 of its last 3 responses, .* allows 2; .*; mend it, or set sco"):
+    with pytest.raises(RuntimeError, match=r"failed on 3 of its last 3 responses, .* allows 2; .*; mend it, or set"):
         rewards(group("c"))
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from longrl.algo.shaping import RIGHT
 from longrl.check import require_model
 from longrl.config import EvalRunConfig, QuickstartConfig, RlConfig
 from longrl.data.examples import Skips, load_examples
@@ -55,7 +56,7 @@ class EvalResult:
     skipped: dict[str, str]
     """Questions whose media could not be used -> why. All their samples count as wrong."""
     examples: list[dict[str, Any]]
-    """For the report: id, category, kind, video, question, answer, responses."""
+    """For the report: id, category, kind, video, question, answer, responses with their scores (null: unscored)."""
 
     def write(self, path: Path) -> None:
         """As JSON, whole or not at all."""
@@ -224,11 +225,11 @@ def _result(
         mean_response_tokens=sum(tokens) / max(len(tokens), 1),
         asked=asked,
         skipped={e.id: skips.names[e.id] for e in examples if e.id not in found},
-        examples=[_describe(e, found.get(e.id, []), right[e.id]) for e in examples],
+        examples=[_describe(e, found.get(e.id, [])) for e in examples],
     )
 
 
-def _describe(example: Example, scored: list[Scored], right: list[float]) -> dict[str, Any]:
+def _describe(example: Example, scored: list[Scored]) -> dict[str, Any]:
     return {
         "id": example.id,
         "category": example.category,
@@ -237,7 +238,8 @@ def _describe(example: Example, scored: list[Scored], right: list[float]) -> dic
         "question": "".join(part for part in example.messages[-1].content if isinstance(part, str)),
         "answer": example.answer,
         "responses": [
-            {"text": one.rollout.text, "reward": one.reward, "correct": score == 1.0}
-            for one, score in zip(scored, right, strict=True)
+            {"text": one.rollout.text, "reward": one.reward, "score": score, "correct": (score or 0.0) > RIGHT}
+            for one in scored
+            for score in (one.rewards["answer"],)
         ],
     }
