@@ -15,6 +15,7 @@ from longrl.rewards.choice import choice_reward
 from longrl.scoring_config import BY_KIND, ScoringConfig
 from longrl.types import KINDS, Example, Group, Message, Prompt, Rollout
 from tests import in_process
+from tests.unit.naughty import MuteError
 
 
 def rollout(text: str) -> Rollout:
@@ -117,6 +118,25 @@ def test_a_reward_that_raises_is_counted_named_and_none(caplog):
     assert rewards.failures[name] == 1
     assert "example q7" in caplog.text
     assert "ZeroDivisionError" in caplog.text
+
+
+def raises_at_length(example: Example, rollout: Rollout) -> float:
+    raise ValueError("long \n" * 80_000)
+
+
+def raises_mutely(example: Example, rollout: Rollout) -> float:
+    raise MuteError
+
+
+@pytest.mark.parametrize(("name", "said"), [("raises_at_length", "ValueError: long long"), ("raises_mutely", "Mute")])
+def test_what_a_reward_raises_is_said_in_a_line(name, said, caplog):
+    rewards = build({f"{__name__}:{name}": 1.0}, max_failures=0)
+    with pytest.raises(RuntimeError, match=said) as stopped:
+        rewards(group("a"))
+    for line in (str(stopped.value), *caplog.messages):
+        assert said in line
+        assert len(line) < 600
+        assert "\n" not in line
 
 
 def test_a_reward_that_is_not_finite_is_a_failure():

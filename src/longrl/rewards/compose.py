@@ -20,7 +20,7 @@ from longrl.rewards.format import format_reward
 from longrl.rewards.judge import Judge
 from longrl.rewards.maths import is_plain_number, math_reward, require_math_verify
 from longrl.rewards.penalties import length_reward, repetition_reward
-from longrl.rewards.pool import Pool, RewardError
+from longrl.rewards.pool import Pool, RewardError, message_of
 from longrl.rewards.quantity import grounding_reward, number_of, number_reward, regression_reward, span_of
 from longrl.rewards.text import ocr_reward, plain_words, read_words, rouge_reward
 from longrl.scoring_config import ScoringConfig, require_used, require_weights, rewards_of, with_answer
@@ -210,7 +210,7 @@ class Rewards:
             try:
                 parts[name] = _number(x)
             except (Exception, SystemExit) as error:  # noqa: BLE001 - user code: its failure must not end the run, nor pass for a 0
-                parts[name], why = None, f"{type(error).__name__}: {error}"
+                parts[name], why = None, f"{type(error).__name__}: {message_of(error)}"
                 failed.append(name)
             self.failures[name] += why is not None
             routed = self._routed(name, example)
