@@ -171,7 +171,7 @@ def _report_run(config: DataRunConfig, processes: int | None) -> Iterator[str]:
         _row("saved", f"every {every} steps, the newest {config.checkpoint.keep} stay" if every else never)
     if isinstance(config, JudgedConfig):
         yield from _report_rewards(config)
-        yield from _report_judge(config)
+        yield from _report_judge(config, _size(config, processes))
     if isinstance(config, RlConfig):
         yield from _report_algo(config.algo, "algo")
         if "bfloat16" in (config.model.dtype, config.model.compute_dtype) and config.algo.max_logprob_diff < BF16_DIFF:
@@ -261,7 +261,9 @@ def _report_rewards(config: AnswerConfig) -> Iterator[str]:
     for name, use in named:
         _row("reward", f"{name}, {use}", problems[name])
     yield from filter(None, problems.values())
-    for require, given in ((require_weights, (config.rewards,)), (require_used, (config.rewards, config.scoring))):
+    evaluates = isinstance(config, DataRunConfig) and _reads(config, "eval")
+    asked = with_answer(config.rewards) if evaluates else config.rewards
+    for require, given in ((require_weights, (config.rewards,)), (require_used, (asked, config.scoring))):
         if problem := _refusal(require, *given):
             _row("reward", "", problem)
             yield problem
@@ -275,7 +277,7 @@ def _require_reward(name: str, scoring: ScoringConfig) -> None:
         require_math_verify()
 
 
-def _report_judge(config: JudgedConfig) -> Iterator[str]:
+def _report_judge(config: JudgedConfig, size: int) -> Iterator[str]:
     """Nothing is asked: a run does that before it loads anything."""
     if config.judge is None:
         return
@@ -284,6 +286,9 @@ def _report_judge(config: JudgedConfig) -> Iterator[str]:
         _row("judge", f"{name}: {model.model} at {model.base_url}", problem)
         if problem:
             yield f"judge.models.{name}: {problem}"
+    judging = size if config.parallel.sp == "auto" else max(1, size // config.parallel.sp)
+    if problem := _refusal(config.judge.limits.divided, judging, "judge.limits"):
+        yield problem
     if find_spec("openai") is None:
         yield "judge: the package openai is not installed: pip install 'longrl[judge]'"
 

@@ -101,6 +101,15 @@ class ScoringConfig(Section):
     all have, of several examples. The judge may be away for a while: it stops the run by the former alone, when a step
     ends, saved."""
 
+    @field_validator("options")
+    @classmethod
+    def _judge_has_none(cls, options: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        if given := options.get("judge"):
+            raise ValueError(
+                f"judge has no options, got {', '.join(given)}; its settings are those of the section judge"
+            )
+        return options
+
     @field_validator("in_process")
     @classmethod
     def _are_outside(cls, names: tuple[str, ...]) -> tuple[str, ...]:

@@ -105,7 +105,8 @@ def _scoring(
     Raises:
         ValueError: an example that cannot be scored, an unknown name, a group that is too small, a judge not there.
     """
-    rewards = build_rewards(config.rewards, config.scoring, config.judge, ranks.dp_size)
+    evaluates = config.eval_every_steps > 0
+    rewards = build_rewards(config.rewards, config.scoring, config.judge, ranks.dp_size, evaluates=evaluates)
     rewards.require(examples, held_out, expressions=ranks.is_main)
     advantage: Advantage = resolve(config.algo.advantage, ADVANTAGES, "advantage")
     require_group_size(config.algo.advantage, advantage, config.rollout.group_size)

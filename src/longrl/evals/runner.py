@@ -80,7 +80,7 @@ def run_eval(config: EvalRunConfig, ranks: Ranks = ALONE) -> EvalResult:
     """Evaluates `model` on `data.eval` and writes eval.json into the run directory; every rank calls it."""
     skips = Skips(config.data)
     examples = load_questions(config, skips)
-    rewards = build_rewards(config.rewards, config.scoring, config.judge, ranks.dp_size)
+    rewards = build_rewards(config.rewards, config.scoring, config.judge, ranks.dp_size, evaluates=True)
     rewards.require((), examples, expressions=ranks.is_main)
     require_model(config.model, config.parallel)
     if config.control:

@@ -92,6 +92,8 @@ class Rewards:
         scoring: ScoringConfig,
         known: Mapping[str, Reward] = REWARDS,
         judge: Judge | None = None,
+        *,
+        evaluates: bool = False,
     ) -> None:
         require_weights(weights)
         self.weights, self.scoring = dict(weights), scoring
@@ -108,7 +110,7 @@ class Rewards:
         keys = {key for model in (judge.models if judge else ()) if (key := model.config.key_env)}
         self._pool = Pool(scoring.workers, scoring.timeout_s, int(scoring.memory_gib * 2**30), keys)
         self._bound: dict[str, Reward] = {}
-        require_used(weights, scoring)
+        require_used(with_answer(weights) if evaluates else weights, scoring)
         for name in sorted({*weights, *scoring.by_kind.values()} - {"answer"}):
             self._reward(name)
 
@@ -365,6 +367,8 @@ def build_rewards(
     scoring: ScoringConfig | None = None,
     judge: JudgeConfig | None = None,
     processes: int = 1,
+    *,
+    evaluates: bool = False,
 ) -> Rewards:
     """The scoring function of a run. Built once: the judge's limits are of one judge.
 
@@ -373,6 +377,7 @@ def build_rewards(
         scoring: Which reward is for which kind of example, options and limits; None: the defaults.
         judge: What the reward `judge` asks.
         processes: That score, each its own groups.
+        evaluates: Options of what `answer` is are used, even if it has no weight.
 
     Returns:
         A callable `Group -> list[Scored]`: reward = sum of weight * part, or None if a part of non-zero weight is None.
@@ -380,4 +385,5 @@ def build_rewards(
     Raises:
         ValueError: Unknown name, non-finite weight, nothing with a weight, or options that a reward does not have.
     """
-    return Rewards(weights, scoring or ScoringConfig(), judge=judge and Judge(judge, processes))
+    judges = judge and Judge(judge, processes)
+    return Rewards(weights, scoring or ScoringConfig(), judge=judges, evaluates=evaluates)
