@@ -147,8 +147,8 @@ def test_a_module_in_a_package_is_found(tmp_path, monkeypatch):
         ({"scoring": {"in_process": ["own.py:short"]}}, {}, r"scoring: 'own\.py:short' is no reward of this run"),
         (
             {"model": {"path": "tiny:qwen3_vl"}, "video": {"max_pixels": 800}},
-            {},
-            "video: max_pixels is 800, but what the model sees has at least 32 x 32 pixels; set 1024 or more",
+            {"video": "a.mp4"},
+            r"data\.train: example 1: max_pixels is 800, but what the model sees has at least 32 x 32 pixels; set",
         ),
         ({}, {"video": "a.mp4"}, "example 1 has a clip of kind video, but tiny:qwen2 reads text alone"),
     ],
@@ -197,6 +197,10 @@ def test_truths_that_only_evaluation_needs(check):
     check(**settings, data={"train": "held_out.jsonl"})
     with pytest.raises(ValueError, match=r"data\.eval: example 1: the truth must be a number"):
         check(**settings, data=data, eval_every_steps=2)
+
+
+def test_rows_of_text_have_no_pixels(check):
+    check(model={"path": "tiny:qwen3_vl"}, video={"max_pixels": 800})
 
 
 def test_pictures_of_one_size_cannot_be_made_smaller():
