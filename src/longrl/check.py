@@ -28,7 +28,6 @@ from longrl.config import (
     RolloutConfig,
     SftConfig,
     TrainConfig,
-    VideoConfig,
     WarmStartConfig,
 )
 from longrl.data.examples import load_examples
@@ -40,14 +39,14 @@ from longrl.models import FAMILIES, base_path, tiny_family
 from longrl.parallel.layout import require_heads, require_world
 from longrl.plan.devices import find_device
 from longrl.plan.plan import make_plan
-from longrl.plan.shapes import ModelShape, known_source, shape_of
+from longrl.plan.shapes import ModelShape, known_source, require_clips, shape_of
 from longrl.plan.text import plan_lines, refusal
 from longrl.registry import require_name
 from longrl.rewards.compose import REWARDS, bound, require_truth
 from longrl.rewards.maths import require_math_verify
 from longrl.rollout.vllm_rules import choose_engine, with_engine
 from longrl.runtime import CHECKPOINTS, rank_and_size
-from longrl.scoring_config import REWARD_NAMES, ScoringConfig, require_used, require_weights, rewards_of
+from longrl.scoring_config import REWARD_NAMES, ScoringConfig, require_used, require_weights, rewards_of, with_answer
 
 BF16_DIFF = 0.5
 """For algo.max_logprob_diff in bfloat16: above what rounding does (docs/numerics.md), below what a fault does."""
@@ -81,7 +80,7 @@ def check_command(config: AnyConfig | FlowConfig, device: str | None = None, pro
     else:
         typer.echo(f"{config.kind} run into {config.run_dir}")
         problems = list(_report_model(config.model, isinstance(config, TrainConfig | QuickstartConfig)))
-        problems += _report_video(config.video, config.model.path)
+        problems += _report_video(config)
         if isinstance(config, QuickstartConfig):
             problems += _report_quickstart(config)
             problems += _report_rewards(config)
@@ -137,8 +136,9 @@ def _report_model(config: ModelConfig, trained: bool) -> Iterator[str]:
         _row("lora", f"rank {lora.rank}, alpha {lora.alpha:g}, {where}")
 
 
-def _report_video(video: VideoConfig, model: str) -> Iterator[str]:
-    shape = _shape(model)
+def _report_video(config: DataRunConfig | QuickstartConfig) -> Iterator[str]:
+    # others may have no videos at all: see _require_rows
+    video, shape = config.video, _shape(config.model.path) if isinstance(config, QuickstartConfig) else None
     problem = _refusal(shape.vision.require_pixels, video.max_pixels) if shape and shape.vision else None
     _row("video", f"{video.fps:g} frames a second" if video.fps is not None else f"{video.num_frames} frames", problem)
     if problem:
@@ -171,7 +171,7 @@ def _report_run(config: DataRunConfig, processes: int | None) -> Iterator[str]:
         _row("saved", f"every {every} steps, the newest {config.checkpoint.keep} stay" if every else never)
     if isinstance(config, JudgedConfig):
         yield from _report_rewards(config)
-        yield from _report_judge(config)
+        yield from _report_judge(config, _size(config, processes))
     if isinstance(config, RlConfig):
         yield from _report_algo(config.algo, "algo")
         if "bfloat16" in (config.model.dtype, config.model.compute_dtype) and config.algo.max_logprob_diff < BF16_DIFF:
@@ -237,19 +237,18 @@ def _require_rows(config: DataRunConfig, name: str, path: str) -> None:
         demonstrations=isinstance(config, SftConfig),
     )
     if isinstance(config, JudgedConfig):
+        weights = with_answer(config.rewards) if name == "eval" else config.rewards
         said = {*config.rewards, *config.scoring.by_kind.values()}
         for example in examples:
-            for reward in rewards_of(example.kind, config.rewards, config.scoring):
+            for reward in rewards_of(example.kind, weights, config.scoring):
                 if reward in REWARDS and reward not in said:
                     _require_reward(reward, config.scoring)
                     said.add(reward)
                 require_truth(reward, example)
     if isinstance(config, EvalRunConfig) and config.control:
         require_control(config.control, examples)
-    shape = _shape(config.model.path)
-    if shape and shape.vision is None and (seen := next((one for one in examples if one.clips), None)):
-        kind = seen.clips[0].kind
-        raise ValueError(f"example {seen.id} has a clip of kind {kind}, but {config.model.path} reads text alone")
+    if shape := _shape(config.model.path):
+        require_clips(shape, config.model.path, examples)
 
 
 def _report_rewards(config: AnswerConfig) -> Iterator[str]:
@@ -260,7 +259,9 @@ def _report_rewards(config: AnswerConfig) -> Iterator[str]:
     for name, use in named:
         _row("reward", f"{name}, {use}", problems[name])
     yield from filter(None, problems.values())
-    for require, given in ((require_weights, (config.rewards,)), (require_used, (config.rewards, config.scoring))):
+    evaluates = isinstance(config, DataRunConfig) and _reads(config, "eval")
+    used = (with_answer(config.rewards) if evaluates else config.rewards, config.scoring)
+    for require, given in ((require_weights, (config.rewards,)), (require_used, used)):
         if problem := _refusal(require, *given):
             _row("reward", "", problem)
             yield problem
@@ -274,7 +275,7 @@ def _require_reward(name: str, scoring: ScoringConfig) -> None:
         require_math_verify()
 
 
-def _report_judge(config: JudgedConfig) -> Iterator[str]:
+def _report_judge(config: JudgedConfig, size: int) -> Iterator[str]:
     """Nothing is asked: a run does that before it loads anything."""
     if config.judge is None:
         return
@@ -283,6 +284,8 @@ def _report_judge(config: JudgedConfig) -> Iterator[str]:
         _row("judge", f"{name}: {model.model} at {model.base_url}", problem)
         if problem:
             yield f"judge.models.{name}: {problem}"
+    judging = size if config.parallel.sp == "auto" else max(1, size // config.parallel.sp)
+    yield from filter(None, [_refusal(config.judge.limits.divided, judging, "judge.limits")])
     if find_spec("openai") is None:
         yield "judge: the package openai is not installed: pip install 'longrl[judge]'"
 

@@ -349,6 +349,10 @@ class QuickstartConfig(AnswerConfig, RunConfig):
     @model_validator(mode="after")
     def _answerable(self) -> QuickstartConfig:
         require_answerable(self.rl.algo, self.rollout.group_size, self.rewards)
+        if "judge" in {*self.rewards, *self.scoring.by_kind.values()}:
+            raise ValueError(
+                "the quickstart asks no judge, but its rewards name judge; leave it out, or use `longrl rl`"
+            )
         return self
 
     @field_validator("model")

@@ -105,6 +105,7 @@ class FirstUpdate:
                 with engine.time("update"):
                     part.cohorts += update(engine.policy, self._in_loss, groups, scored, prefix, config, part.totals)
         part.totals.add(self.rewards.take())
+        self.rewards.require_judge(share.ranks)
         return part
 
     def _roll_shuffled(self, engine: Engine, score: Scoring, step: int, share: Share) -> None:

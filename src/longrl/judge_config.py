@@ -38,8 +38,17 @@ def variable_name(name: str | None) -> str | None:
 
 def key_problem(variable: str | None) -> str | None:
     """Why there is no API key in an environment variable; None: there is, or none is wanted."""
-    there = variable is None or os.environ.get(variable, "").strip()
-    return None if there else f"the environment variable {variable} is not set"
+    if variable is None:
+        return None
+    key = os.environ.get(variable, "").strip()
+    if not key:
+        return (
+            f"the environment variable {variable} is not set, expected an API key; export it, name another with "
+            "key_env, or set key_env to null for a server that wants none"
+        )
+    if not key.isascii() or not key.isprintable() or " " in key:
+        return f"the environment variable {variable} does not hold an API key, expected one word; export it again"
+    return None
 
 
 class LimitsConfig(Section):

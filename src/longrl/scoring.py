@@ -141,7 +141,7 @@ class Scoring:
         scored = self._shape(groups, judged)
         self.totals.count(groups, scored)
         if algo.max_refills:
-            kept = [is_informative(one.scored) for one in judged]
+            kept = [self._has_signal(one) for one in judged]
             for keep in kept:
                 self.totals.means["groups/kept"].add(keep)
             if not any(kept):
@@ -153,6 +153,12 @@ class Scoring:
                 for ones, one in zip(scored, judged, strict=True)
             ]
         return groups, scored
+
+    def _has_signal(self, one: Judged) -> bool:
+        """Whether there are rewards that differ, from the greedy response's if they are compared with that."""
+        if not self.advantage.greedy:
+            return is_informative(one.scored)
+        return one.greedy is not None and one.greedy.reward is not None and is_informative([*one.scored, one.greedy])
 
     def _shape(self, groups: Sequence[Group], judged: Sequence[Judged]) -> list[list[Scored]]:
         algo, limit = self.config.algo, self.config.rollout.max_new_tokens

@@ -62,6 +62,11 @@ def rewards_of(kind: str, weights: Mapping[str, float], scoring: ScoringConfig) 
     return [scoring.by_kind.get(kind) or BY_KIND[kind] if name == "answer" else name for name in weights]
 
 
+def with_answer(weights: Mapping[str, float]) -> dict[str, float]:
+    """What scores held-out examples: evaluation asks for `answer` whatever the run names, and calls it accuracy."""
+    return {**weights, "answer": weights.get("answer", 0.0)}
+
+
 def require_used(weights: Mapping[str, float], scoring: ScoringConfig) -> None:
     """
     Raises:
@@ -92,8 +97,18 @@ class ScoringConfig(Section):
     memory_gib: Annotated[float, Field(ge=0.25)] = 2.0
     """What a worker may have."""
     max_failures: Annotated[int, Field(ge=0)] = 100
-    """The run stops when more of the last 1,000 calls of a reward have failed. It also stops when the first 16 have
-    all failed, of several examples; but for the judge, which may be away for a while."""
+    """The run stops when more of the last 1,000 responses that a reward was called for have failed, or the first 16
+    all have, of several examples. The judge may be away for a while: it stops the run by the former alone, when a step
+    ends, saved."""
+
+    @field_validator("options")
+    @classmethod
+    def _judge_has_none(cls, options: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        if given := options.get("judge"):
+            raise ValueError(
+                f"judge has no options, got {', '.join(given)}; its settings are those of the section judge"
+            )
+        return options
 
     @field_validator("in_process")
     @classmethod

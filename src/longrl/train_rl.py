@@ -52,7 +52,7 @@ def train_rl(config: RlConfig, ranks: Ranks = ALONE) -> Path:
     skips, eval_skips = Skips(config.data), Skips(config.data)
     examples = _questions(config, skips)
     held_out = load_questions(config, eval_skips) if config.eval_every_steps else []
-    rewards, advantage = _scoring(config, [*examples, *held_out], ranks)
+    rewards, advantage = _scoring(config, examples, held_out, ranks)
     training = Training(config, skips, ranks, asked)
     policy = training.policy
     reference = load_reference(policy, config, ranks)
@@ -74,6 +74,7 @@ def train_rl(config: RlConfig, ranks: Ranks = ALONE) -> Path:
                 with metrics.time("media"):
                     batch = ahead.draw(step) if ahead else training.draw(examples, step)
                 with training.kept(step - 1):
+                    rewards.require_judge(ranks)  # lost in evaluation
                     if ahead:
                         ahead(step, batch)
                     parts = first_update(step, batch, partial(training.refill, examples, step))
@@ -96,14 +97,17 @@ def train_rl(config: RlConfig, ranks: Ranks = ALONE) -> Path:
     return training.last_model()
 
 
-def _scoring(config: RlConfig, examples: Sequence[Example], ranks: Ranks) -> tuple[Rewards, Advantage]:
+def _scoring(
+    config: RlConfig, examples: Sequence[Example], held_out: Sequence[Example], ranks: Ranks
+) -> tuple[Rewards, Advantage]:
     """Of names and data that have been looked at, before a model is loaded.
 
     Raises:
         ValueError: an example that cannot be scored, an unknown name, a group that is too small, a judge not there.
     """
-    rewards = build_rewards(config.rewards, config.scoring, config.judge, ranks.dp_size)
-    rewards.require(examples, expressions=ranks.is_main)
+    evaluates = config.eval_every_steps > 0
+    rewards = build_rewards(config.rewards, config.scoring, config.judge, ranks.dp_size, evaluates=evaluates)
+    rewards.require(examples, held_out, expressions=ranks.is_main)
     advantage: Advantage = resolve(config.algo.advantage, ADVANTAGES, "advantage")
     require_group_size(config.algo.advantage, advantage, config.rollout.group_size)
     resolve(config.algo.loss, LOSSES, "loss")

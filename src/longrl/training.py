@@ -24,6 +24,7 @@ from longrl.parallel.gradients import sum_gradients
 from longrl.parallel.ranks import ALONE, Ranks
 from longrl.parallel.shard import whole
 from longrl.policy import load_policy
+from longrl.rewards.compose import JudgeLostError
 from longrl.rollout.client import ServerLostError, ServerRefusedError
 from longrl.runtime import CHECKPOINTS, seed_for, start_run
 from longrl.types import Example, Prompt
@@ -162,15 +163,16 @@ class Training(Loop[TrainConfig]):
 
     @contextmanager
     def kept(self, step: int) -> Iterator[None]:
-        """Inside, after the steps up to this one, servers are asked for rollouts. All ranks do so, and lose them alike.
+        """Inside, after the steps up to this one, servers are asked for rollouts, and judges. All ranks do so, and lose
+        them alike.
 
         Raises:
-            Stopped: a server was lost; the run is saved.
+            Stopped: a server or the judge was lost; the run is saved.
             ServerRefusedError: one does not do what it is asked; the run is saved.
         """
         try:
             yield
-        except (ServerLostError, ServerRefusedError) as error:
+        except (JudgeLostError, ServerLostError, ServerRefusedError) as error:
             if step > self._saved:
                 self._write(step)
             if step == 0 or isinstance(error, ServerRefusedError):

@@ -21,12 +21,15 @@ ROOT = Path(__file__).parents[2]
         ([0, 0], "always wrong"),
         ([1, None, 1], "always right"),
         ([0, None, 1], "sometimes right"),
+        ([0.9, 0.2, 0.95, 0.0], "sometimes right"),
+        ([0.9, 0.9], "always right"),
+        ([0.5, 0.5, None], "always wrong"),
         ([None, None], "unscored"),
         ([], "unscored"),
     ],
 )
 def test_difficulty_by_hand(said, name):
-    assert difficulty([{"correct": bool(x), "reward": x} for x in said]) == name
+    assert difficulty([{"score": x, "reward": 0.0, "correct": x == 1} for x in said]) == name
 
 
 @pytest.fixture(scope="module")

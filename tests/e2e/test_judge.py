@@ -7,6 +7,7 @@ import logging
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,9 @@ from longrl.evals.runner import run_eval
 from longrl.report.metrics import read_metrics
 from longrl.rollout import engine as engine_module
 from longrl.rollout.native import NativeEngine
+from longrl.stopping import Stopped
 from longrl.train_rl import train_rl
+from longrl.training import Training
 from longrl.types import Prefix, Prompt, Rollout
 from tests.e2e.conftest import rl_config
 from tests.judge_server import Asked, JudgeServer, Reply, verdict
@@ -114,6 +117,29 @@ def test_a_judged_run_learns_its_costs_and_keeps_its_key(dataset, tmp_path, monk
     assert [path for path in files if SECRET.encode() in path.read_bytes()] == []
 
 
+def test_accuracy_asks_at_once_and_is_counted(tmp_path, monkeypatch):
+    """Where no reward of the run does: 4 questions, 2 answers each."""
+    monkeypatch.setattr(runner, "NativeEngine", Answering)
+    monkeypatch.setenv("A_KEY", SECRET)
+    rows = [{"id": i, "question": f"What is {i}?", "answer": "2"} for i in range(4)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with JudgeServer(delay_s=1.0) as server:
+        settings = {
+            "run_dir": str(tmp_path / "run"),
+            "model": {"path": "tiny:qwen2"},
+            "data": {"eval": str(tmp_path / "rows.jsonl")},
+            "rollout": {"max_new_tokens": 1},
+            "eval": {"samples": 2, "temperature": 2.0},
+            "scoring": {"by_kind": {"open": "judge"}},
+            **judged(server, tmp_path),
+            "rewards": {"format": 1.0},
+        }
+        result = run_eval(EvalRunConfig.model_validate(settings))
+        assert result.asked["judge/requests"] == len(server.asked) > 4  # one at the start
+        assert server.most_at_once == len(server.asked) - 1
+        assert result.overall.accuracy == pytest.approx(0.25)
+
+
 @pytest.mark.parametrize(
     ("broken", "message"),
     [
@@ -135,6 +161,39 @@ def test_a_run_without_a_judge_does_not_begin(dataset, tmp_path, monkeypatch, pr
         with pytest.raises((ValueError, RuntimeError), match=f"judge.models.one: .*{message}"):
             program(config)  # pyright: ignore[reportArgumentType]
     assert not (tmp_path / "run").exists()
+
+
+def test_a_judge_that_is_away_too_long_leaves_a_run_that_is_saved(dataset, tmp_path, monkeypatch):
+    """It does not come back in step 3, of 104 responses; step 2 is saved, though no checkpoint is due."""
+    away, numbers, update = False, count(), Training.update
+
+    class Distinct(NativeEngine):
+        """No verdict on such answers is kept."""
+
+        def _decode_in_turns(self, *args: Any) -> list[list[Rollout]]:
+            groups = super()._decode_in_turns(*args)
+            return [[replace(one, text=f"<answer>{next(numbers)}</answer>") for one in group] for group in groups]
+
+    def down(asked: Asked) -> Reply:
+        return Reply(status=400, body=b"{}") if away else Reply(verdict(int(asked.key == SECRET)))
+
+    def lost(self: Training, step: int, *rest: Any) -> Any:
+        nonlocal away
+        away = step == 2
+        return update(self, step, *rest)
+
+    monkeypatch.setattr(engine_module, "NativeEngine", Distinct)
+    monkeypatch.setattr(Training, "update", lost)
+    monkeypatch.setenv("A_KEY", SECRET)
+    rollout = {"group_size": 26, "max_new_tokens": 1}
+    with JudgeServer(down) as server:
+        settings = {"steps": 3, "rollout": rollout, **judged(server, tmp_path, breaker_failures=1000)}
+        with pytest.raises(Stopped, match=r"failed on 104 of its last 312 .*; stopped after step 2 of 3 and saved"):
+            train_rl(rl_config(dataset, tmp_path, **settings))
+        assert [line["step"] for line in read_metrics(tmp_path / "run" / "metrics.jsonl")] == [1, 2]
+        away = False
+        train_rl(rl_config(dataset, tmp_path, **settings))
+    assert [line["step"] for line in read_metrics(tmp_path / "run" / "metrics.jsonl")] == [1, 2, 3]
 
 
 def test_a_judge_may_move_and_change_its_limits_when_a_run_is_taken_up(dataset, tmp_path, monkeypatch):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -21,8 +23,13 @@ from longrl.algo.advantages import (
 )
 from longrl.algo.losses import LOSSES, policy_loss
 from longrl.algo.shaping import is_informative, overlong, shape, temporal
-from longrl.config import AlgoConfig
+from longrl.config import AlgoConfig, RlConfig
+from longrl.parallel.ranks import ALONE
+from longrl.rewards import build_rewards
+from longrl.scoring import Scoring
+from longrl.totals import Totals
 from longrl.types import LossInputs, Rollout, Scored
+from tests.unit.test_rewards import group, rollout
 
 REWARDS = st.lists(st.floats(-100, 100, width=32), min_size=2, max_size=9)
 GROUPS = st.lists(REWARDS, min_size=1, max_size=5)
@@ -187,6 +194,21 @@ def test_temporal_bonus_by_hand(ordered, shuffled, bonus):
 )
 def test_groups_whose_rewards_differ_are_informative(rewards, informative):
     assert is_informative([said(r) for r in rewards]) == informative
+
+
+@pytest.mark.parametrize(
+    ("texts", "greedy", "advantages"),
+    [("BB", "C", [1.0, 1.0]), ("BB", "B", None), ("BC", "C", [1.0, 0.0]), ("CC", "C", None)],
+)
+def test_dynamic_sampling_counts_the_greedy_reward_in(texts, greedy, advantages):
+    algo = {"advantage": "remax", "max_refills": 1}
+    run = {"run_dir": "x", "model": {"path": "tiny:qwen2"}, "data": {"train": "x"}, "steps": 1}
+    config, totals = RlConfig.model_validate({**run, "rewards": {"choice": 1.0}, "algo": algo}), Totals()
+    score = Scoring(build_rewards(config.rewards), config, ALONE, totals, lambda _: nullcontext())
+    asked = replace(group(*texts), greedy=rollout(greedy))
+    made = [[one.advantage for one in ones] for _, scored, _ in score([((asked,), None)]) for ones in scored]
+    assert made == ([advantages] if advantages else [])
+    assert totals.kept == bool(advantages)
 
 
 def test_shaping_adds_under_a_name_and_leaves_the_unscored_alone():

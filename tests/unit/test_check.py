@@ -7,16 +7,19 @@ import json
 from pathlib import Path
 
 import pytest
+import yaml
 
 from longrl.algo.losses import LOSSES
 from longrl.algo_config import LOSS_NAMES
 from longrl.check import check_command, require_model
-from longrl.config import ModelConfig
+from longrl.config import ModelConfig, QuickstartConfig
 from longrl.config_files import load_config
 from longrl.plan.shapes import shape_of
 from longrl.registry import require_name, resolve
+from longrl.rewards import build_rewards
 from longrl.rewards.media import MEDIA_REWARDS
 from longrl.scorers_config import TOYS
+from longrl.scoring_config import ScoringConfig
 
 ROW = {"id": 1, "question": "1 + 1?", "answer": "2"}
 BASE = {
@@ -33,10 +36,10 @@ def check(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("rows.jsonl").write_text(json.dumps(ROW))
 
-    def run(**settings):
+    def run(processes=None, **settings):
         given = {name: value for name, value in {**BASE, **settings}.items() if value is not None}
         Path("run.yaml").write_text(json.dumps(given))
-        check_command(load_config([Path("run.yaml")]))
+        check_command(load_config([Path("run.yaml")]), processes=processes)
 
     return run
 
@@ -144,8 +147,8 @@ def test_a_module_in_a_package_is_found(tmp_path, monkeypatch):
         ({"scoring": {"in_process": ["own.py:short"]}}, {}, r"scoring: 'own\.py:short' is no reward of this run"),
         (
             {"model": {"path": "tiny:qwen3_vl"}, "video": {"max_pixels": 800}},
-            {},
-            "video: max_pixels is 800, but what the model sees has at least 32 x 32 pixels; set 1024 or more",
+            {"video": "a.mp4"},
+            r"data\.train: example 1: max_pixels is 800, but what the model sees has at least 32 x 32 pixels; set",
         ),
         ({}, {"video": "a.mp4"}, "example 1 has a clip of kind video, but tiny:qwen2 reads text alone"),
     ],
@@ -155,6 +158,49 @@ def test_rows_and_their_rewards(check, settings, row, words):
     Path("a.mp4").write_bytes(b"")
     with pytest.raises(ValueError, match=f"the run cannot start: .*{words}"):
         check(**settings)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"rewards": {"judge": 1}}, {"scoring": {"by_kind": {"open": "judge"}}}], ids=["rewards", "by_kind"]
+)
+def test_the_quickstart_asks_no_judge(settings):
+    shipped = yaml.safe_load((Path(__file__).parents[2] / "configs/tiny/quickstart.yaml").read_text())
+    with pytest.raises(ValueError, match="the quickstart asks no judge, but its rewards name judge; leave it out"):
+        QuickstartConfig.model_validate({**shipped, **settings})
+
+
+def test_what_a_judge_would_refuse(check, monkeypatch):
+    judge = {"models": {"one": {"model": "m", "key_env": "A_KEY"}}, "limits": {"concurrency": 1}}
+    monkeypatch.setenv("A_KEY", "one")
+    check(rewards={"judge": 1}, judge=judge)
+    with pytest.raises(ValueError, match=r"judge\.limits\.concurrency is 1, but 2 processes divide it; set it to more"):
+        check(2, rewards={"judge": 1}, judge=judge)
+    check(2, rewards={"judge": 1}, judge=judge, parallel={"sp": 2})  # which share their prompts
+    monkeypatch.setenv("A_KEY", "two words")
+    with pytest.raises(ValueError, match=r"judge\.models\.one: .* A_KEY does not hold an API key"):
+        check(rewards={"judge": 1}, judge=judge)
+
+
+def test_options_of_what_only_evaluation_calls(check):
+    settings = {"rewards": {"format": 1}, "scoring": {"options": {"number": {"decimals": 1}}}}
+    data = {**BASE["data"], "eval": "rows.jsonl"}
+    check(**settings, data=data, eval_every_steps=2)
+    build_rewards(settings["rewards"], ScoringConfig.model_validate(settings["scoring"]), evaluates=True)
+    with pytest.raises(ValueError, match="'number' is no reward of this run"):
+        check(**settings)
+
+
+def test_truths_that_only_evaluation_needs(check):
+    Path("held_out.jsonl").write_text(json.dumps({**ROW, "answer": "a red ball"}))
+    settings = {"rewards": {"format": 1}, "scoring": {"by_kind": {"open": "number"}}}
+    data = {**BASE["data"], "eval": "held_out.jsonl"}
+    check(**settings, data={"train": "held_out.jsonl"})
+    with pytest.raises(ValueError, match=r"data\.eval: example 1: the truth must be a number"):
+        check(**settings, data=data, eval_every_steps=2)
+
+
+def test_rows_of_text_have_no_pixels(check):
+    check(model={"path": "tiny:qwen3_vl"}, video={"max_pixels": 800})
 
 
 def test_pictures_of_one_size_cannot_be_made_smaller():

@@ -240,6 +240,10 @@ judge: {models: {one: {model: m}}}
         ("judge: {models: {one: {api_key: sk-live-1234}}}", "'judge.models.one.api_key'; the keys here are base_url"),
         ("judge: {models: {one: {temprature: 1}}}", "did you mean 'judge.models.one.temperature'?"),
         ("judge: {budget_usd: 5}", "budget_usd is 5, but models.one has no prices; set its input_usd_per_mtok"),
+        (
+            "scoring: {options: {judge: {x: 1}}}",
+            "judge has no options, got x; its settings are those of the section judge",
+        ),
         ("judge: {limits: {give_up_s: 1800}}", "give_up_s is 1800, expected less than parallel.timeout_s (1800)"),
     ],
 )

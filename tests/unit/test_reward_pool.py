@@ -43,7 +43,7 @@ def pool():
         ("print bit by bit", "printed 1048576 bytes or more|File too large"),
         ("text", "TypeError: a reward must be a number or None, got a str"),
         ("nan", "ValueError: a reward must be a finite number, got nan"),
-        ("mute", "the worker ended with 1: RuntimeError: no words"),
+        ("mute", r"MuteError: \(its message cannot be read: RuntimeError\)"),
     ],
 )
 def test_a_row_that_breaks_its_worker_has_no_reward_and_the_next_one_has(pool, said, message):
@@ -101,6 +101,23 @@ def test_math_is_scored_by_workers():
     asked = group("\\boxed{\\frac{2}{4}}", "0.25", answer="1/2", kind="math")
     rewards.require([asked.example])
     assert [one.reward for one in rewards(asked)] == [1.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("import os; os._exit(3)", "while it was imported, the worker ended with 3"),
+        ("import time; time.sleep(1000)", "it is still being imported after 4 s"),
+        ("print('x' * 2**21)", "while it was imported, it printed 1048576 bytes or more"),
+    ],
+)
+def test_a_reward_that_breaks_its_worker_while_imported_is_named(tmp_path, monkeypatch, text, words):
+    (tmp_path / "mine.py").write_text(text)
+    monkeypatch.chdir(tmp_path)
+    if "after 4 s" in words:
+        monkeypatch.setattr("longrl.rewards.pool._LOAD_S", 4.0)
+    with pytest.raises(ValueError, match=rf"^reward 'mine\.py:x' cannot be loaded: {words}; let its module define"):
+        build_rewards({"mine.py:x": 1.0})
 
 
 def test_a_truth_that_takes_for_ever_to_read_is_found_before_the_run():

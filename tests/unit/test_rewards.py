@@ -15,6 +15,7 @@ from longrl.rewards.choice import choice_reward
 from longrl.scoring_config import BY_KIND, ScoringConfig
 from longrl.types import KINDS, Example, Group, Message, Prompt, Rollout
 from tests import in_process
+from tests.unit.naughty import MuteError
 
 
 def rollout(text: str) -> Rollout:
@@ -119,6 +120,25 @@ def test_a_reward_that_raises_is_counted_named_and_none(caplog):
     assert "ZeroDivisionError" in caplog.text
 
 
+def raises_at_length(example: Example, rollout: Rollout) -> float:
+    raise ValueError("long \n" * 80_000)
+
+
+def raises_mutely(example: Example, rollout: Rollout) -> float:
+    raise MuteError
+
+
+@pytest.mark.parametrize(("name", "said"), [("raises_at_length", "ValueError: long long"), ("raises_mutely", "Mute")])
+def test_what_a_reward_raises_is_said_in_a_line(name, said, caplog):
+    rewards = build({f"{__name__}:{name}": 1.0}, max_failures=0)
+    with pytest.raises(RuntimeError, match=said) as stopped:
+        rewards(group("a"))
+    for line in (str(stopped.value), *caplog.messages):
+        assert said in line
+        assert len(line) < 600
+        assert "\n" not in line
+
+
 def test_a_reward_that_is_not_finite_is_a_failure():
     name = f"{__name__}:not_a_number"
     rewards = build({name: 1.0})
@@ -142,6 +162,14 @@ def test_a_reward_that_has_never_worked_stops_the_run_and_says_why_once(caplog):
     with pytest.raises(RuntimeError, match=r"has failed on 21 of its last 21 responses, none was scored"):
         rewards(replace(one, example=replace(one.example, id="another")))
     assert len([line for line in caplog.messages if "failed: " in line]) == 1
+
+
+def test_a_response_is_counted_once_by_whatever_names_a_reward_is_called():
+    name = f"{__name__}:not_a_number"
+    rewards = build({name: 0.5, "answer": 0.5}, by_kind={"choice": name}, max_failures=2)
+    assert {one.failed for one in rewards(group("a", "b"))} == {(name, "answer")}
+    with pytest.raises(RuntimeError, match=r"failed on 3 of its last 3 responses, .* allows 2; .*; mend it, or set"):
+        rewards(group("c"))
 
 
 def test_failures_that_are_long_past_do_not_stop_the_run():
@@ -171,7 +199,6 @@ def test_answer_is_the_reward_of_the_examples_kind(kind, truth, said, value):
     rewards.require([asked.example])
     [one] = rewards(asked)
     assert one.reward == pytest.approx(value, abs=1e-15)
-    assert rewards.accuracy(asked.example, one) == one.reward
     assert rewards(group(answered(said), answer=None, kind=kind))[0].reward is None
 
 
@@ -189,9 +216,19 @@ def test_kinds_can_be_scored_by_something_else():
 
 
 def test_accuracy_does_not_hang_on_the_weights():
-    rewards = build_rewards({"format": 1.0})
-    asked = group(answered("B"), "C")
-    assert [rewards.accuracy(asked.example, one) for one in rewards(asked)] == [1.0, 0.0]
+    scored = build_rewards({"format": 1.0}).begin(group(answered("B"), "B"), held_out=True).result()
+    assert [(one.reward, one.rewards["answer"]) for one in scored] == [(1.0, 1.0), (0.0, 1.0)]
+
+
+def test_failures_of_accuracy_alone_are_counted_and_stop_nothing(caplog):
+    broken = f"{__name__}:not_a_number"
+    rewards = build({"format": 1.0}, by_kind={"choice": broken}, in_process=[broken], max_failures=3)
+    one = group(*["a"] * 20)
+    for name in ("q7", "another"):
+        scored = rewards.begin(replace(one, example=replace(one.example, id=name)), held_out=True).result()
+        assert {(one.reward, one.rewards["answer"]) for one in scored} == {(0.0, None)}
+    assert rewards.failures == {"format": 0, "answer": 40}
+    assert f"reward {broken} of example q7 failed: ValueError" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -205,12 +242,16 @@ def test_truths_that_cannot_be_read_are_found_before_the_run(kind, truth):
     with pytest.raises(ValueError, match="example q7: the truth "):
         build_rewards({"answer": 1.0}).require([example(truth, kind)])
     build_rewards({"format": 1.0}).require([example(truth, kind)])
+    with pytest.raises(ValueError, match="example q7: the truth "):  # which evaluation needs
+        build_rewards({"format": 1.0}).require([], [example(truth, kind)])
 
 
 def test_math_without_math_verify_is_found_before_the_run(monkeypatch):
     monkeypatch.setattr("longrl.rewards.maths.importlib.util.find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"math-verify, which is not installed: pip install 'longrl\[math\]'"):
         build_rewards({"answer": 1.0}).require([example("1", "math")])
+    with pytest.raises(ValueError, match="math-verify, which is not installed"):
+        build_rewards({"format": 1.0}).require([], [example("1", "math")])
     build_rewards({"answer": 1.0}).require([example("B")])
 
 

@@ -136,6 +136,7 @@ def test_a_bad_file_is_named(folder, name, content, message):
     ("path", "message"),
     [
         ("none.jsonl", "none.jsonl does not exist"),
+        ("/dev/null", "/dev/null is no regular file but a device or a pipe; write its rows to a file"),
         ("org/name", "org/name does not exist; a dataset of the hub is written NAME@SPLIT"),
         (".", r"\. is a folder; name its split"),
         ("rows.jsonl@train", "rows.jsonl@train: a file has no splits; write rows.jsonl"),

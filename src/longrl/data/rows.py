@@ -30,6 +30,8 @@ def missing(path: str) -> str | None:
         return None
     if Path(path).is_dir():
         return f"{path} is a folder; name its split ({path}@train), or a file in it"
+    if Path(path).exists():
+        return f"{path} is no regular file but a device or a pipe; write its rows to a file"
     return f"{path} does not exist" + ("; a dataset of the hub is written NAME@SPLIT" if _HUB.fullmatch(path) else "")
 
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from longrl.algo.shaping import RIGHT
 from longrl.config import EvalRunConfig
 from longrl.data.examples import media_folder, parse
 from longrl.data.rows import read_rows
@@ -21,17 +22,18 @@ KEPT = "sometimes right"
 
 
 def difficulty(responses: Sequence[dict[str, Any]]) -> str:
-    """always right | always wrong | sometimes right | unscored: none of the responses could be judged.
+    """sometimes right | always right | always wrong | unscored: none of the responses could be judged.
 
+    Sometimes right: the scores differ, so that there is something to learn; if not, right is what is above RIGHT.
     Responses that could not be judged count neither way.
 
     Args:
         responses: of one question, as in `EvalResult.examples`.
     """
-    judged = [one["correct"] for one in responses if one["reward"] is not None]
-    if not judged:
+    scores = {one["score"] for one in responses} - {None}
+    if not scores:
         return "unscored"
-    return KEPT if any(judged) and not all(judged) else "always right" if all(judged) else "always wrong"
+    return KEPT if len(scores) > 1 else "always right" if min(scores) > RIGHT else "always wrong"
 
 
 def by_difficulty(result: EvalResult) -> dict[str, list[str]]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from longrl.algo.shaping import RIGHT
 from longrl.check import require_model
 from longrl.config import EvalRunConfig, QuickstartConfig, RlConfig
 from longrl.data.examples import Skips, load_examples
@@ -55,7 +56,7 @@ class EvalResult:
     skipped: dict[str, str]
     """Questions whose media could not be used -> why. All their samples count as wrong."""
     examples: list[dict[str, Any]]
-    """For the report: id, category, kind, video, question, answer, responses."""
+    """For the report: id, category, kind, video, question, answer, responses with their scores (null: unscored)."""
 
     def write(self, path: Path) -> None:
         """As JSON, whole or not at all."""
@@ -79,8 +80,8 @@ def run_eval(config: EvalRunConfig, ranks: Ranks = ALONE) -> EvalResult:
     """Evaluates `model` on `data.eval` and writes eval.json into the run directory; every rank calls it."""
     skips = Skips(config.data)
     examples = load_questions(config, skips)
-    rewards = build_rewards(config.rewards, config.scoring, config.judge, ranks.dp_size)
-    rewards.require(examples, expressions=ranks.is_main)
+    rewards = build_rewards(config.rewards, config.scoring, config.judge, ranks.dp_size, evaluates=True)
+    rewards.require((), examples, expressions=ranks.is_main)
     require_model(config.model, config.parallel)
     if config.control:
         require_control(config.control, examples)
@@ -91,6 +92,7 @@ def run_eval(config: EvalRunConfig, ranks: Ranks = ALONE) -> EvalResult:
     change = CONTROLS[config.control] if config.control else None
     stage = config.control or "eval"
     result = evaluate(policy, examples, config, skips, rewards, stage=stage, ranks=ranks, change=change)
+    rewards.require_judge(ranks)
     if ranks.is_main:
         _write(result, run_dir)
     return result
@@ -151,7 +153,7 @@ def evaluate(
     def judge(groups: Sequence[Group]) -> None:
         for group in groups:
             said = tuple(replace(one, text=forced + one.text) for one in group.rollouts)
-            begun.append(rewards.begin(replace(group, rollouts=said)))
+            begun.append(rewards.begin(replace(group, rollouts=said), held_out=True))
 
     build.prepare(examples)
     keys: set[str] = set()
@@ -174,7 +176,7 @@ def evaluate(
     if policy.embeds_pass:  # nobody reads them any more, here or on another rank
         build.cache.remove(keys)
     asked = Totals.sum(ranks.gather_all(rewards.take()))
-    return _result(stage, examples, found, rewards, asked.counts, config.eval.samples, skips)
+    return _result(stage, examples, found, asked.counts, config.eval.samples, skips)
 
 
 def _sampling(config: RlConfig | EvalRunConfig | QuickstartConfig, in_flight: int) -> RolloutConfig:
@@ -203,12 +205,11 @@ def _result(
     stage: str,
     examples: Sequence[Example],
     found: dict[str, list[Scored]],
-    rewards: Rewards,
     asked: dict[str, float | None],
     samples: int,
     skips: Skips,
 ) -> EvalResult:
-    right = {e.id: [rewards.accuracy(e, one) for one in found.get(e.id, [])] for e in examples}
+    right = {e.id: [one.rewards["answer"] or 0.0 for one in found.get(e.id, [])] for e in examples}
 
     def accuracy(where: Callable[[Example], bool]) -> Accuracy:
         picked = [sum(right[e.id]) / samples for e in examples if where(e)]
@@ -224,11 +225,11 @@ def _result(
         mean_response_tokens=sum(tokens) / max(len(tokens), 1),
         asked=asked,
         skipped={e.id: skips.names[e.id] for e in examples if e.id not in found},
-        examples=[_describe(e, found.get(e.id, []), right[e.id]) for e in examples],
+        examples=[_describe(e, found.get(e.id, [])) for e in examples],
     )
 
 
-def _describe(example: Example, scored: list[Scored], right: list[float]) -> dict[str, Any]:
+def _describe(example: Example, scored: list[Scored]) -> dict[str, Any]:
     return {
         "id": example.id,
         "category": example.category,
@@ -237,7 +238,8 @@ def _describe(example: Example, scored: list[Scored], right: list[float]) -> dic
         "question": "".join(part for part in example.messages[-1].content if isinstance(part, str)),
         "answer": example.answer,
         "responses": [
-            {"text": one.rollout.text, "reward": one.reward, "correct": score == 1.0}
-            for one, score in zip(scored, right, strict=True)
+            {"text": one.rollout.text, "reward": one.reward, "score": score, "correct": (score or 0.0) > RIGHT}
+            for one in scored
+            for score in (one.rewards["answer"],)
         ],
     }

@@ -12,6 +12,7 @@ from longrl.models import base_path
 from longrl.models.qwen_processor import DEFAULT_LIMITS, IMAGE_LIMITS, PROCESSOR_FILES, pixel_limits
 from longrl.models.vila_config import PARTS, projector_widths, read_vila_config
 from longrl.plan.towers import AudioShape, Qwen3VisionShape, SiglipShape, VisionShape
+from longrl.types import Example
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -216,6 +217,25 @@ def shape_of(path: str) -> ModelShape | None:
         raise ValueError(
             f"model.path {path}: config.json does not say the sizes of a decoder ({type(error).__name__}: {error})"
         ) from error
+
+
+def require_clips(shape: ModelShape, path: str, examples: Sequence[Example]) -> None:
+    """Looks whether the model of this path can see what rows hold.
+
+    Raises:
+        ValueError: it reads text alone, or sees no pictures that are as small as a row asks for.
+    """
+    if shape.vision is None:
+        if seen := next((one for one in examples if one.clips), None):
+            kind = seen.clips[0].kind
+            raise ValueError(f"example {seen.id} has a clip of kind {kind}, but {path} reads text alone")
+        return
+    asked = {clip.max_pixels: one.id for one in examples for clip in one.clips if clip.kind != "audio"}
+    for max_pixels, example_id in asked.items():
+        try:
+            shape.vision.require_pixels(max_pixels)
+        except ValueError as error:
+            raise ValueError(f"example {example_id}: {error}") from error
 
 
 def read_shape(

@@ -7,10 +7,10 @@ import inspect
 import logging
 import math
 from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from longrl.judge_config import JudgeConfig
 from longrl.registry import resolve
@@ -20,12 +20,15 @@ from longrl.rewards.format import format_reward
 from longrl.rewards.judge import Judge
 from longrl.rewards.maths import is_plain_number, math_reward, require_math_verify
 from longrl.rewards.penalties import length_reward, repetition_reward
-from longrl.rewards.pool import Pool, RewardError
+from longrl.rewards.pool import Pool, RewardError, message_of
 from longrl.rewards.quantity import grounding_reward, number_of, number_reward, regression_reward, span_of
 from longrl.rewards.text import ocr_reward, plain_words, read_words, rouge_reward
-from longrl.scoring_config import ScoringConfig, require_used, require_weights, rewards_of
+from longrl.scoring_config import ScoringConfig, require_used, require_weights, rewards_of, with_answer
 from longrl.totals import Totals
 from longrl.types import Example, Group, Rollout, Scored
+
+if TYPE_CHECKING:
+    from longrl.parallel.ranks import Ranks
 
 logger = logging.getLogger(__name__)
 
@@ -76,6 +79,10 @@ class Soon:
     future: Future[float | None]
 
 
+class JudgeLostError(RuntimeError):
+    """The judge has been away for too long."""
+
+
 class Rewards:
     """Scores groups. `failures` counts, by reward name, the rollouts that a reward failed on."""
 
@@ -85,6 +92,8 @@ class Rewards:
         scoring: ScoringConfig,
         known: Mapping[str, Reward] = REWARDS,
         judge: Judge | None = None,
+        *,
+        evaluates: bool = False,
     ) -> None:
         require_weights(weights)
         self.weights, self.scoring = dict(weights), scoring
@@ -96,10 +105,12 @@ class Rewards:
         self._warned: set[tuple[str, str]] = set()
         self._failing: dict[str, set[str]] = defaultdict(set)
         """By name, the examples that a reward has failed on."""
+        self._last_failure = ""
+        """Of the judge."""
         keys = {key for model in (judge.models if judge else ()) if (key := model.config.key_env)}
         self._pool = Pool(scoring.workers, scoring.timeout_s, int(scoring.memory_gib * 2**30), keys)
         self._bound: dict[str, Reward] = {}
-        require_used(weights, scoring)
+        require_used(with_answer(weights) if evaluates else weights, scoring)
         for name in sorted({*weights, *scoring.by_kind.values()} - {"answer"}):
             self._reward(name)
 
@@ -107,22 +118,30 @@ class Rewards:
         """The group's rollouts in their order, each with its rewards, late ones too; advantages are still 0."""
         return self.begin(group).result()
 
-    def begin(self, group: Group) -> Begun:
-        """Calls every reward; those that return a Future are not waited for."""
-        return Begun(self, group)
+    def begin(self, group: Group, *, held_out: bool = False) -> Begun:
+        """Calls every reward; those that return a Future are not waited for.
 
-    def require(self, examples: Iterable[Example], *, expressions: bool = True) -> None:
+        Args:
+            held_out: `answer` too, whatever the run names: evaluation calls it accuracy.
+        """
+        return Begun(self, group, with_answer(self.weights) if held_out else self.weights)
+
+    def require(
+        self, examples: Sequence[Example], held_out: Sequence[Example] = (), *, expressions: bool = True
+    ) -> None:
         """Looks whether all examples can be scored, before a model is loaded.
 
         Args:
+            held_out: those of evaluation, which needs `answer` too.
             expressions: the truths of math too, some milliseconds each: of several ranks one is enough.
 
         Raises:
             ValueError: a truth that its reward cannot read, or a reward that cannot be loaded.
         """
         asked: dict[str, Example] = {}
-        for example in examples:
-            for name in rewards_of(example.kind, self.weights, self.scoring):
+        named = [*((one, self.weights) for one in examples), *((one, with_answer(self.weights)) for one in held_out)]
+        for example, weights in named:
+            for name in rewards_of(example.kind, weights, self.scoring):
                 self._reward(name)
                 require_truth(name, example)
                 is_expression = example.answer is not None and not is_plain_number(example.answer)
@@ -151,24 +170,35 @@ class Rewards:
                 why = f"example {examples[truth].id}: the truth {truth[:60]!r} cannot be read by math: {why}"
             raise ValueError(why) from error
 
-    def accuracy(self, example: Example, one: Scored) -> float:
-        """How right a rollout is, 0 to 1: its part `answer`, whatever its weight; 0.0 where it has none."""
-        if "answer" not in self.weights:
-            one = self.score(example, one.rollout, {"answer": self._call("answer", example, one.rollout)})
-        return one.rewards["answer"] or 0.0
-
     def check(self) -> None:
         """Looks whether what the rewards ask outside this process is there; raises as `Judge.check`."""
         if self.judge is not None:
             self.judge.check()
 
+    def require_judge(self, ranks: Ranks) -> None:
+        """Called between steps, by all ranks, which lose the judge alike: its failures do not stop the run before.
+
+        Raises:
+            JudgeLostError: some rank has had more than `scoring.max_failures` of its failures.
+        """
+        if self.judge is None:
+            return
+        recent = self._recent["judge"]
+        count = sum(recent)
+        lost = count > self.scoring.max_failures and (
+            f"the judge has failed on {count} of its last {len(recent)} responses, scoring.max_failures allows "
+            f"{self.scoring.max_failures}; of {self._last_failure}; see whether its service is up"
+        )
+        if said := next(filter(None, ranks.gather_all(lost)), None):
+            raise JudgeLostError(said)
+
     def take(self) -> Totals:
         """What was asked outside this process since this was last called, and what it cost."""
         return Totals() if self.judge is None else self.judge.take()
 
-    def call(self, example: Example, rollout: Rollout) -> dict[str, Any]:
+    def call(self, names: Iterable[str], example: Example, rollout: Rollout) -> dict[str, Any]:
         """By name, what each reward returns, or the exception that it raises."""
-        return {name: self._call(name, example, rollout) for name in self.weights}
+        return {name: self._call(name, example, rollout) for name in names}
 
     def score(self, example: Example, rollout: Rollout, made: dict[str, Any]) -> Scored:
         """made: by name, what each reward gave: a number, None, an exception, or a Future that is waited for.
@@ -176,14 +206,21 @@ class Rewards:
         Raises:
             RuntimeError: a reward has failed too often.
         """
-        parts, failed = {}, []
+        parts, failed, whys = {}, [], dict[str, str | None]()
         for name, x in made.items():
             why = None
             try:
                 parts[name] = _number(x)
             except (Exception, SystemExit) as error:  # noqa: BLE001 - user code: its failure must not end the run, nor pass for a 0
-                parts[name], why = None, f"{type(error).__name__}: {error}"
+                parts[name], why = None, f"{type(error).__name__}: {message_of(error)}"
                 failed.append(name)
+            self.failures[name] += why is not None
+            routed = self._routed(name, example)
+            if name in self.weights:
+                whys[routed] = whys.get(routed) or why
+            elif why is not None:  # of accuracy alone, which never stops a run
+                self._warn(routed, example, why)
+        for name, why in whys.items():
             self._count(name, example, why)
         # A reward of weight 0 is only watched: it cannot keep a rollout from being trained.
         weighted = {name: weight for name, weight in self.weights.items() if weight and name in parts}
@@ -216,29 +253,31 @@ class Rewards:
     def _count(self, name: str, example: Example, why: str | None) -> None:
         """
         Args:
+            name: of what `answer` is, not `answer`.
             why: it failed; None: it has not.
 
         Raises:
             RuntimeError: it has failed too often.
         """
-        self.failures[name] += why is not None
-        name = self._routed(name, example)
         recent = self._recent[name]
         recent.append(why is not None)
         if why is None:
             return
         self._failing[name].add(example.id)
         self._warn(name, example, why)
+        if name == "judge":  # see require_judge
+            self._last_failure = f"example {example.id}: {why}"
+            return
         count = sum(recent)
         if count > self.scoring.max_failures:
             allowed = f"scoring.max_failures allows {self.scoring.max_failures}"
-        elif count == len(recent) >= _AT_FIRST and len(self._failing[name]) > 1 and name != "judge":
+        elif count == len(recent) >= _AT_FIRST and len(self._failing[name]) > 1:
             allowed = "none was scored"
         else:
             return
         raise RuntimeError(
-            f"reward {name} has failed on {count} of its last {len(recent)} responses, {allowed}; the log says how; of "
-            f"example {example.id}: {why}"
+            f"reward {name} has failed on {count} of its last {len(recent)} responses, {allowed}; of example "
+            f"{example.id}: {why}; mend it, or set scoring.max_failures to what may fail"
         )
 
     def _warn(self, name: str, example: Example, why: str) -> None:
@@ -263,9 +302,9 @@ def require_truth(name: str, example: Example) -> None:
 class Begun:
     """A group whose rewards have been called; some may be late."""
 
-    def __init__(self, rewards: Rewards, group: Group) -> None:
+    def __init__(self, rewards: Rewards, group: Group, names: Iterable[str]) -> None:
         self.rewards, self.group = rewards, group
-        self.made = [rewards.call(group.example, rollout) for rollout in group.rollouts]
+        self.made = [rewards.call(names, group.example, rollout) for rollout in group.rollouts]
 
     @property
     def is_late(self) -> bool:
@@ -328,6 +367,8 @@ def build_rewards(
     scoring: ScoringConfig | None = None,
     judge: JudgeConfig | None = None,
     processes: int = 1,
+    *,
+    evaluates: bool = False,
 ) -> Rewards:
     """The scoring function of a run. Built once: the judge's limits are of one judge.
 
@@ -336,6 +377,7 @@ def build_rewards(
         scoring: Which reward is for which kind of example, options and limits; None: the defaults.
         judge: What the reward `judge` asks.
         processes: That score, each its own groups.
+        evaluates: Options of what `answer` is are used, even if it has no weight.
 
     Returns:
         A callable `Group -> list[Scored]`: reward = sum of weight * part, or None if a part of non-zero weight is None.
@@ -343,4 +385,5 @@ def build_rewards(
     Raises:
         ValueError: Unknown name, non-finite weight, nothing with a weight, or options that a reward does not have.
     """
-    return Rewards(weights, scoring or ScoringConfig(), judge=judge and Judge(judge, processes))
+    judges = judge and Judge(judge, processes)
+    return Rewards(weights, scoring or ScoringConfig(), judge=judges, evaluates=evaluates)

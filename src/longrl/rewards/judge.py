@@ -18,7 +18,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from longrl.judge_config import JudgeConfig, JudgeModelConfig
+from longrl.judge_config import JudgeConfig, JudgeModelConfig, key_problem
 from longrl.rewards.answer import final_answer
 from longrl.rewards.limits import CallError
 from longrl.rewards.remote import Remote, Use, hide, http_error, in_a_line, start
@@ -299,17 +299,9 @@ def key_of(section: str, variable: str | None) -> str | None:
     Raises:
         ValueError: it holds none.
     """
-    if variable is None:
-        return None
-    key = os.environ.get(variable, "").strip()
-    if not key:
-        raise ValueError(
-            f"{section}: the environment variable {variable} is not set, expected an API key; export it, "
-            "name another with key_env, or set key_env to null for a server that wants none"
-        )
-    if not key.isascii() or not key.isprintable() or " " in key:
-        raise ValueError(f"{section}: the environment variable {variable} does not hold an API key")
-    return key
+    if problem := key_problem(variable):
+        raise ValueError(f"{section}: {problem}")
+    return variable and os.environ[variable].strip()
 
 
 def _openai() -> Any:

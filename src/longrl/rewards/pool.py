@@ -36,6 +36,15 @@ class RewardError(RuntimeError):
     """A call in a worker process gave no reward: it raised, hung, crashed or printed too much."""
 
 
+def message_of(error: BaseException, most: int = 300) -> str:
+    """What user code raised, in a line that is not long."""
+    try:
+        message = str(error)
+    except (Exception, SystemExit) as another:  # noqa: BLE001 - user code too
+        message = f"(its message cannot be read: {type(another).__name__})"
+    return " ".join(message.split())[:most]
+
+
 class Pool:
     """Worker processes that call rewards; they are started when first needed."""
 
@@ -61,7 +70,7 @@ class Pool:
         """
         worker = _Worker(self.memory_bytes, self.timeout_s, self.hidden)
         try:
-            worker.ask((name, options), _LOAD_S)
+            worker.load(name, options)
         except RewardError as error:
             raise ValueError(str(error)) from error
         finally:
@@ -87,8 +96,7 @@ class Pool:
             if worker is None:
                 worker = _Worker(self.memory_bytes, self.timeout_s, self.hidden)
             if name not in worker.loaded:  # importing is not the call's time
-                worker.ask((name, options), _LOAD_S)
-                worker.loaded.add(name)
+                worker.load(name, options)
             return worker.ask((name, options, example, rollout), self.timeout_s)
         finally:
             self._idle.put(worker if worker is not None and worker.is_fit else None)
@@ -123,6 +131,23 @@ class _Worker:
         self.loaded: set[str] = set()
         self.is_fit = True
         self.kill = weakref.finalize(self, _end, self._process, self._requests, self._replies, self._printed)
+
+    def load(self, name: str, options: dict[str, Any]) -> None:
+        """Has it import a reward.
+
+        Raises:
+            RewardError: it cannot be imported.
+        """
+        try:
+            self.ask((name, options), _LOAD_S)
+        except RewardError as error:
+            if self.is_fit:  # it said why, and which
+                raise
+            late = isinstance(error.__cause__, TimeoutError)
+            why = f"it is still being imported after {_LOAD_S:g} s" if late else f"while it was imported, {error}"
+            mend = "let its module define rewards alone, and do what takes long, prints or exits in the reward"
+            raise RewardError(f"reward {name!r} cannot be loaded: {why}; {mend}") from error
+        self.loaded.add(name)
 
     def ask(self, request: tuple[Any, ...], limit_s: float) -> float | None:
         """Sends a request and waits for its reply.

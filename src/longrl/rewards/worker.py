@@ -16,7 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 from longrl.rewards.compose import REWARDS, bound, number_or_none
-from longrl.rewards.pool import MAX_PRINTED_BYTES
+from longrl.rewards.pool import MAX_PRINTED_BYTES, message_of
 
 
 def main() -> None:
@@ -53,7 +53,7 @@ def _reply(
             rewards[name] = bound(name, options, REWARDS)
         reply: dict[str, Any] = {"value": number_or_none(rewards[name](*args)) if args else None, "fit": True}
     except BaseException as error:  # noqa: BLE001 - user code; sys.exit() must not end it without a word either
-        message = " ".join(str(error).split())[:500]
+        message = message_of(error, 500)
         told = f"{type(error).__name__}: {message}"
         if not args:
             told = message if isinstance(error, ValueError) else f"reward {name!r} cannot be loaded: {told}"
