@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +24,8 @@ _OBJECTS = (
     "video_preprocessor_config.json",
 )
 """Files of which transformers' and our code take for granted that they can be read."""
+_OLD_BUFFERS = (r"(^|\.)rotary_(pos_)?emb\.inv_freq$", r"(^|\.)position_ids$")
+"""Weights of older files that are computed today."""
 
 
 @contextmanager
@@ -54,15 +57,16 @@ def _require_object(folder: Path, file: Path) -> None:
         raise ValueError(f"model.path {folder}: its {name} is not a JSON object ({error}); copy it again") from error
 
 
-def read_model(model_class: Any, path: Path, dtype: torch.dtype, **kwargs: Any) -> Any:
+def read_model(model_class: Any, path: Path, dtype: torch.dtype, unread: Iterable[str] = (), **kwargs: Any) -> Any:
     """A model with all of its weights from the folder.
 
     Args:
         model_class: one of transformers', or an Auto class.
+        unread: patterns of weights that may be there and have no place in it; transformers has its own too.
         kwargs: for its `from_pretrained`.
 
     Raises:
-        ValueError: some are missing, or of another size than config.json says.
+        ValueError: some are missing, of another size than config.json says, or too many for it.
     """
     # sizes that differ are listed rather than raised, so that the message can name them
     model, info = model_class.from_pretrained(
@@ -71,12 +75,23 @@ def read_model(model_class: Any, path: Path, dtype: torch.dtype, **kwargs: Any) 
     # an error where transformers fills in random numbers
     missing = sorted(info["missing_keys"] | {key for key, *_ in info["mismatched_keys"]})
     if missing:
-        names = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
         raise ValueError(
-            f"{len(missing)} weights are missing or of another size than config.json says: {names}; copy them again"
+            f"{len(missing)} weights are missing or of another size than config.json says: {_first(missing)}; copy "
+            "them again"
+        )
+    known = re.compile("|".join([*_OLD_BUFFERS, *unread]))
+    extra = sorted(key for key in info["unexpected_keys"] if not known.search(key))
+    if extra:
+        raise ValueError(
+            f"{len(extra)} weights have no place in the model that config.json describes: {_first(extra)}; copy "
+            "config.json and the weights of one checkpoint"
         )
     realign(model)
     return model
+
+
+def _first(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
 def realign(model: PreTrainedModel) -> None:

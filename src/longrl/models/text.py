@@ -35,6 +35,8 @@ class Text:
     config_class: ClassVar[Any]
     extra_files: ClassVar[tuple[str, ...]] = ()
     """Names of files that a checkpoint has besides model and tokenizer, kept as they are."""
+    unread: ClassVar[tuple[str, ...]] = ()
+    """Patterns of weights that its published checkpoints have and it has no place for."""
     decoder_prefix: ClassVar[str] = ""
     placeholders: Mapping[str, str] = {}
     """Kind of clip -> the token that stands for its embeddings; the kinds that the family takes."""
@@ -89,7 +91,7 @@ class Text:
                     f"its config.json is one of a model of several parts ({', '.join(sorted(nested))}), which a "
                     f"{cls.model_type} has not; give it the model_type that it was published with"
                 )
-            model = read_model(cls.model_class, path, dtype)
+            model = read_model(cls.model_class, path, dtype, cls.unread)
             tokenizer = read_tokenizer(path)
             if not tokenizer.chat_template:
                 raise ValueError("its tokenizer has no chat template; add chat_template.jinja")
