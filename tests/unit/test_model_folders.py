@@ -9,10 +9,15 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from longrl.config import ModelConfig
 from longrl.models import load_family
+from longrl.models.vila import Vila, tiny_content, tiny_tokenizer
+from longrl.models.vila_config import FOLDS
+from longrl.types import Clip, Example, Message
+from longrl.video.encode import embed
 
 WEIGHTS = "model.safetensors"
 
@@ -81,6 +86,11 @@ BAD: dict[str, tuple[str, Callable[[Path], object], str]] = {
         lambda f: add(f / "vision_tower" / WEIGHTS, "vision_model.encoder.layers.3.mlp.fc1.bias"),
         "1 weights have no place in the model that config.json describes: ",
     ),
+    "an identity of two widths": (
+        "vila",
+        lambda f: change(f / "mm_projector" / "config.json", mm_projector_type="identity"),
+        "mm_projector: identity makes no 128 numbers of 64; name the mm_projector_type that was trained",
+    ),
 }
 
 
@@ -112,6 +122,25 @@ def test_what_published_files_hold_besides_is_not_read(twins, tmp_path, family, 
     twins[family].save(tmp_path)
     add(tmp_path / file, *names)
     load_family(ModelConfig(path=str(tmp_path)))
+
+
+@pytest.mark.parametrize("kind", ["identity", "linear", "mlp2x_gelu", *FOLDS])
+def test_every_projector_of_vila_is_asked_and_kept(tmp_path, kind):
+    tokenizer = tiny_tokenizer()
+    content = tiny_content(tokenizer) | {"mm_projector_cfg": {"mm_projector_type": kind}}
+    content["vision_tower_cfg"]["hidden_size"] = 128 if kind == "identity" else 72
+    family = Vila.make(content, tokenizer, 0, torch.float32)
+    Image.new("RGB", (40, 30), "red").save(tmp_path / "red.png")
+    clip = Clip(path=str(tmp_path / "red.png"), kind="image")
+    message = Message(role="user", content=(clip, "which colour?"))
+    example = Example(id="q", messages=(message,), answer=None, kind="open")
+    family.save(tmp_path / "model")
+    read = load_family(ModelConfig(path=str(tmp_path / "model")))
+    media, again = (embed(clip, one, None) for one in (family, read))
+    size = read.measure(clip)
+    assert size.num_bytes == media.embeds.nbytes + media.timestamps_s.nbytes
+    assert len(family.prompt(example, (media,))) == family.count_tokens(example, [size.prompt_tokens])
+    assert torch.equal(media.embeds, again.embeds)
 
 
 @pytest.mark.parametrize("family", ["qwen2", "qwen2_5_vl", "qwen3_vl"])

@@ -133,7 +133,7 @@ class VilaVision:
             num_frames=frames,
             num_tokens=tokens,
             prompt_tokens=tokens,
-            num_bytes=tokens * self.projector.config.out * self.projector.dtype.itemsize + 8 * frames,
+            num_bytes=tokens * self.projector.config.out * self.tower.dtype.itemsize + 8 * frames,
             chunk_frames=chunk_frames,
             chunk_tokens=chunk_tokens,
         )
