@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+import longrl
 from longrl.config import ModelConfig
 from longrl.models import load_family
 from longrl.models.vila import Vila, tiny_content, tiny_tokenizer
@@ -46,6 +47,19 @@ def add(file: Path, *names: str) -> None:
     """Weights that the file has not."""
     weights = load_file(file) | {name: torch.zeros(2) for name in names}
     save_file(weights, file, metadata={"format": "pt"})
+
+
+def drop(folder: Path, pattern: str) -> None:
+    for file in folder.glob(pattern):
+        file.unlink()
+
+
+def lose_a_shard(folder: Path) -> None:
+    weights = load_file(folder / WEIGHTS)
+    (folder / WEIGHTS).unlink()
+    save_file(weights, folder / "model-00001-of-00002.safetensors", metadata={"format": "pt"})
+    files = {name: f"model-0000{1 + (i % 2)}-of-00002.safetensors" for i, name in enumerate(weights)}
+    (folder / f"{WEIGHTS}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": files}))
 
 
 def replace_projector(folder: Path) -> None:
@@ -91,6 +105,47 @@ BAD: dict[str, tuple[str, Callable[[Path], object], str]] = {
         lambda f: change(f / "mm_projector" / "config.json", mm_projector_type="identity"),
         "mm_projector: identity makes no 128 numbers of 64; name the mm_projector_type that was trained",
     ),
+    "no tokenizer": (
+        "qwen2",
+        lambda f: drop(f, "tokenizer*"),
+        " has no words in tokenizer.json (or vocab.json with merges.txt); copy its tokenizer again",
+    ),
+    "no tokenizer.json": (
+        "qwen2",
+        lambda f: drop(f, "tokenizer.json"),
+        " has no words in tokenizer.json (or vocab.json with merges.txt); copy its tokenizer again",
+    ),
+    "no tokenizer of VILA": (
+        "vila",
+        lambda f: drop(f, "llm/tokenizer*"),
+        "/llm has no words in tokenizer.json (or vocab.json with merges.txt); copy its tokenizer again",
+    ),
+    "an empty tokenizer": (
+        "qwen2",
+        lambda f: (f / "tokenizer.json").write_text("{}"),
+        "/tokenizer.json says what transformers cannot use (KeyError: 'added_tokens'); copy it again",
+    ),
+    "several model types": (
+        "qwen2",
+        lambda f: change(f / "config.json", model_type=["qwen2"]),
+        "no family for model_type ['qwen2']; known: qwen2, ",
+    ),
+    "width in letters": (
+        "qwen2",
+        lambda f: change(f / "config.json", hidden_size="big"),
+        "Field 'hidden_size' expected int, got str (value: 'big')); copy it again",
+    ),
+    "no heads": (
+        "vila",
+        lambda f: change(f / "llm" / "config.json", num_attention_heads=0),
+        "/llm/config.json says what transformers cannot use (ZeroDivisionError: ",
+    ),
+    "no weights": ("vila", lambda f: drop(f, "llm/model*"), "/llm has no model.safetensors; copy its weights again"),
+    "a shard lost": (
+        "qwen2",
+        lose_a_shard,
+        " lacks 1 of the 2 files that model.safetensors.index.json names: model-00002-of-00002.safetensors; copy",
+    ),
 }
 
 
@@ -106,6 +161,29 @@ def test_bad_folders_are_refused_in_one_line(twins, tmp_path, capfd, name):
     assert why in str(caught.value)
     assert "\n" not in str(caught.value)
     assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("template", "why"),
+    [
+        ("{% for x in", "unexpected 'end of template'"),
+        ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
+        ("{{ 1 + messages[0].content }}", "unsupported operand"),
+    ],
+)
+def test_chat_templates_that_fail(twins, tmp_path, template, why):
+    twins["qwen2"].save(tmp_path)
+    (tmp_path / "chat_template.jinja").write_text(template)
+    family = load_family(ModelConfig(path=str(tmp_path)))
+    example = Example(id="q", messages=(Message(role="user", content=("why?",)),), answer=None, kind="open")
+    with pytest.raises(ValueError, match=r"example q: .*; mend chat_template\.jinja, or the messages$") as caught:
+        family.prompt(example, ())
+    assert f"{tmp_path} fails on its messages ({why}" in str(caught.value)
+
+
+def test_a_path_that_is_none():
+    with pytest.raises(ValueError, match=r"longrl\.load: path is 3, expected a model's folder or tiny:FAMILY; write"):
+        longrl.load(3)  # pyright: ignore
 
 
 @pytest.mark.parametrize(
