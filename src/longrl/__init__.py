@@ -35,6 +35,8 @@ def load(path: str | PathLike[str], *, cache_dir: str = "runs/cache", **model: A
     from longrl.inference import Model
     from longrl.models import load_family
 
+    if not isinstance(path, str | PathLike):
+        raise ValueError(f"longrl.load: path is {path!r:.80}, expected a model's folder or tiny:FAMILY; write its name")
     config = build_section(ModelConfig, {"path": fspath(path), **model}, "longrl.load")
     return Model(load_family(config), CacheConfig(dir=cache_dir))
 

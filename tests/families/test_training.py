@@ -19,17 +19,22 @@ from longrl.train_rl import train_rl
 from longrl.train_sft import train_sft
 from longrl.verify import shared
 from tests import in_process
-from tests.families.matrix import TAKES, contents, every, is_stock, twin, written
+from tests.families.matrix import TAKES, contents, every, is_stock, taking, twin, written
 
 EVEN = {"tests.e2e.rewards:first_token_even": 1.0}
 COLUMNS: dict[str, dict[str, Any]] = {
     "text": {},
     "image": {"image": "a.png"},
     "several images": {"images": ["a.png", "b.png"]},
+    "interleaved": {
+        "question": "At first <image> and then <video> and in between <image>: which is 3?",
+        "images": ["b.png", "a.png"],
+        "video": "video.mp4",
+    },
     "video": {"video": "video.mp4"},
     "audio": {"audio": "video.mp4"},
 }
-"""Kind of prompt -> what a row says of its media."""
+"""Kind of prompt -> what a row says of its media, and where they stand."""
 
 
 def make_config(name: str, files: Path, folder: Path, model: dict[str, Any] | None = None, **changes: Any) -> dict:
@@ -54,10 +59,14 @@ def make_config(name: str, files: Path, folder: Path, model: dict[str, Any] | No
 @every
 def test_rl(name, files, tmp_path):
     """GRPO: half of all first tokens are even; after 20 steps nearly all are, whatever was shown."""
+    require_rl(name, files, tmp_path)
+
+
+def require_rl(name: str, files: Path, folder: Path, **changes: Any) -> None:
     learning = {"steps": 20, "rewards": EVEN, "scoring": in_process(EVEN), "optim": {"lr": 3e-3}}
     learning |= {"rollout": {"group_size": 16, "max_new_tokens": 1}}
-    train_rl(RlConfig.model_validate(make_config(name, files, tmp_path, **learning)))
-    lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    train_rl(RlConfig.model_validate(make_config(name, files, folder, **learning, **changes)))
+    lines = read_metrics(folder / "run" / "metrics.jsonl")
     assert 0.2 < lines[0]["reward/mean"] < 0.8
     assert sum(line["reward/mean"] for line in lines[-3:]) / 3 > 0.9
     assert max(line["sampling/logprob_diff"] for line in lines if line["groups/informative"]) < 1e-5
@@ -79,8 +88,22 @@ def trained(files, tmp_path_factory) -> dict[str, Path]:
 
 @every
 def test_sft(name, trained):
-    losses = [line["loss"] for line in read_metrics(trained[name] / "metrics.jsonl")]
+    require_sft(trained[name])
+
+
+def require_sft(run: Path) -> None:
+    losses = [line["loss"] for line in read_metrics(run / "metrics.jsonl")]
     assert losses[-1] < 0.8 * losses[0]
+
+
+@taking("video with its sound")
+def test_sound(name, files, tmp_path):
+    """Of a run's videos, all or none are heard: the same once more, with theirs."""
+    heard = {"video": {"with_audio": True}}
+    run = make_config(name, files, tmp_path / "sft", steps=6, optim={"lr": 1e-3}, **heard)
+    train_sft(SftConfig.model_validate(run))
+    require_sft(tmp_path / "sft" / "run")
+    require_rl(name, files, tmp_path / "rl", **heard)
 
 
 @every

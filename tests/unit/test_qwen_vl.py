@@ -110,16 +110,18 @@ def test_processor_files_of_the_source_are_kept(folder, tmp_path):
 @pytest.mark.parametrize(
     ("files", "limits"),
     [
-        ({}, DEFAULT_LIMITS),
         ({"preprocessor_config": {"min_pixels": 3136, "max_pixels": 50176}}, (3136, 50176)),
         ({"preprocessor_config": {"size": {"shortest_edge": 784, "longest_edge": 7840}}}, (784, 7840)),
         ({"preprocessor_config": {"max_pixels": 9000, "size": {"shortest_edge": 784, "longest_edge": 1}}}, (784, 9000)),
         ({"preprocessor_config": {"max_pixels": 1}, "video_preprocessor_config": {"max_pixels": 9000}}, (100352, 9000)),
-        ({"processor_config": {"video_processor": {"size": {"longest_edge": 9000}}}}, (100352, 9000)),
+        (
+            {"processor_config": {"video_processor": {"size": {"longest_edge": 9000}}}, "preprocessor_config": {}},
+            (100352, 9000),
+        ),
         ({"processor_config": {}, "preprocessor_config": {"max_pixels": 9000}}, (100352, 9000)),
         ({"preprocessor_config": {"min_pixels": None, "max_pixels": None}}, DEFAULT_LIMITS),
     ],
-    ids=["none", "pixels", "size", "both", "video first", "nested first", "not nested", "null"],
+    ids=["pixels", "size", "both", "video first", "nested first", "not nested", "null"],
 )
 def test_limits_of_a_frame(folder, files, limits):
     for name in ("preprocessor_config.json", "video_preprocessor_config.json"):
@@ -172,13 +174,32 @@ def test_truncated_weights(folder, size, capfd):
 
 def test_no_weights(folder, capfd):
     (folder / WEIGHTS).unlink()
-    assert "no file named model.safetensors" in refusal(folder, capfd)
+    assert "has no model.safetensors; copy its weights again" in refusal(folder, capfd)
 
 
 def test_no_tokenizer(folder, capfd):
     for path in folder.glob("tokenizer*"):
         path.unlink()
-    assert "its tokenizer does not have <|image_pad|>" in refusal(folder, capfd)
+    assert "has no words in tokenizer.json" in refusal(folder, capfd)
+
+
+@pytest.mark.parametrize(
+    ("lost", "line"),
+    [
+        (
+            ["preprocessor_config.json", "video_preprocessor_config.json"],
+            "it has no video_preprocessor_config.json or pre",
+        ),
+        (["preprocessor_config.json"], "it has no preprocessor_config.json, nor image_processor in processor_config"),
+    ],
+)
+def test_no_processor(folder, capfd, lost, line):
+    """transformers' own limits would make 879 tokens of a clip that has 21."""
+    for name in lost:
+        (folder / name).unlink()
+    found = refusal(folder, capfd)
+    assert line in found
+    assert found.endswith("copy that file from where the model comes from")
 
 
 def test_no_chat_template(folder, capfd):
@@ -216,8 +237,7 @@ def test_encoder_id_tells_encoders_apart(tiny, tmp_path):
     path = tmp_path / "video_preprocessor_config.json"
     path.write_text(path.read_text().replace("784", "3136"))
     made.add(load(tmp_path).encoder_id)
-    path.unlink()
-    (tmp_path / "preprocessor_config.json").unlink()
+    path.unlink()  # the limits of images are those of videos then
     config = json.loads((tmp_path / "config.json").read_text())
     config["vision_config"]["window_size"] = 56
     (tmp_path / "config.json").write_text(json.dumps(config))

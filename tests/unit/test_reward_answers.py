@@ -61,6 +61,9 @@ def test_format_refuses(text):
         ("<think>a</think><answer>A</answer><answer>B</answer>", None),
         ("<think>a</think></answer>B<answer>", None),
         ("<think>a</think><answer>B", None),
+        ("<think>maybe <answer>B</answer> or", None),
+        ("<think>a</think><think>or <answer>B</answer>", None),
+        ("thought before</think><answer>B</answer>", "B"),
     ],
 )
 def test_parse_answer(text, answer):

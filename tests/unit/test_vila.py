@@ -197,7 +197,7 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     "S2": (lambda f: change_config(f, s2=True), "fixed S2 scales are not supported"),
     "scales": (lambda f: change_config(f, **(S2 | {"s2_scales": "28,50"})), "s2_scales of config.json is '28,50'"),
     "patch": (lambda f: change_config(f, mm_vision_select_feature="patch"), "expected cls_patch"),
-    "layer": (lambda f: change_config(f, mm_vision_select_layer=-5), "its vision_tower has 3 layers"),
+    "layer": (lambda f: change_config(f, mm_vision_select_layer=-5), "its vision_tower has 3 layers; expected -4 to 3"),
     "pool": (
         lambda f: change_config(f, video_encoder='{"_target_": "x.TSPVideoEncoder", "pool_sizes": [[8,1,1],[1,2,2]]}'),
         "expected one size of frames, rows and columns",

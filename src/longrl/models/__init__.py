@@ -113,7 +113,7 @@ def _load_plain(where: str, dtype_name: str, seed: int) -> Family:
                 f"model.path {path}: not a Hugging Face folder (no config.json with a model_type: {error}); "
                 "download or export one, or use tiny:FAMILY"
             ) from error
-    if model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise ValueError(f"model.path {where}: no family for model_type {model_type!r}; known: {', '.join(FAMILIES)}")
     module, name = FAMILIES[model_type].split(":")
     family = getattr(importlib.import_module(module), name)

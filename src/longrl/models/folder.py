@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
 _OBJECTS = (
     "config.json",
+    "model.safetensors.index.json",
     "generation_config.json",
     "tokenizer.json",
     "tokenizer_config.json",
@@ -23,6 +26,12 @@ _OBJECTS = (
     "video_preprocessor_config.json",
 )
 """Files of which transformers' and our code take for granted that they can be read."""
+_OLD_BUFFERS = (r"(^|\.)rotary_(pos_)?emb\.inv_freq$", r"(^|\.)position_ids$")
+"""Weights of older files that are computed today."""
+_WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+_TOKENIZER = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt")
+_BAD_FILE = (StrictDataclassError, ArithmeticError, AssertionError, AttributeError, LookupError, TypeError)
+"""What transformers raises of files that are JSON and say what cannot be: "hidden_size": "big"."""
 
 
 @contextmanager
@@ -37,11 +46,27 @@ def explained(path: Path) -> Iterator[None]:
     except SafetensorError as error:
         raise ValueError(f"model.path {path}: its weights cannot be read ({error}); copy them again") from error
     except ValueError as error:
-        raise ValueError(f"model.path {path}: {error}") from error
+        raise ValueError(f"model.path {path}: {_line(error)}") from error
     except OSError as error:
         if error.errno is not None:
             raise
-        raise ValueError(f"model.path {path}: {error}") from error
+        raise ValueError(f"model.path {path}: {_line(error)}") from error
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split("\n"))
+
+
+@contextmanager
+def _understood(file: Path) -> Iterator[None]:
+    """Around transformers' reading of what the file says."""
+    try:
+        yield
+    except _BAD_FILE as error:
+        said = " ".join(str(error).split())
+        raise ValueError(
+            f"{file} says what transformers cannot use ({type(error).__name__}: {said}); copy it again"
+        ) from error
 
 
 def _require_object(folder: Path, file: Path) -> None:
@@ -54,29 +79,60 @@ def _require_object(folder: Path, file: Path) -> None:
         raise ValueError(f"model.path {folder}: its {name} is not a JSON object ({error}); copy it again") from error
 
 
-def read_model(model_class: Any, path: Path, dtype: torch.dtype, **kwargs: Any) -> Any:
+def read_model(model_class: Any, path: Path, dtype: torch.dtype, unread: Iterable[str] = (), **kwargs: Any) -> Any:
     """A model with all of its weights from the folder.
 
     Args:
         model_class: one of transformers', or an Auto class.
+        unread: patterns of weights that may be there and have no place in it; transformers has its own too.
         kwargs: for its `from_pretrained`.
 
     Raises:
-        ValueError: some are missing, or of another size than config.json says.
+        ValueError: some are missing, of another size than config.json says, or too many for it, or config.json is none
+            of such a model.
     """
-    # sizes that differ are listed rather than raised, so that the message can name them
-    model, info = model_class.from_pretrained(
-        path, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
-    )
+    _require_weights(path)
+    with _understood(path / "config.json"):
+        # sizes that differ are listed rather than raised, so that the message can name them
+        model, info = model_class.from_pretrained(
+            path, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
+        )
     # an error where transformers fills in random numbers
     missing = sorted(info["missing_keys"] | {key for key, *_ in info["mismatched_keys"]})
     if missing:
-        names = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
         raise ValueError(
-            f"{len(missing)} weights are missing or of another size than config.json says: {names}; copy them again"
+            f"{len(missing)} weights are missing or of another size than config.json says: {_first(missing)}; copy "
+            "them again"
+        )
+    known = re.compile("|".join([*_OLD_BUFFERS, *unread]))
+    extra = sorted(key for key in info["unexpected_keys"] if not known.search(key))
+    if extra:
+        raise ValueError(
+            f"{len(extra)} weights have no place in the model that config.json describes: {_first(extra)}; copy "
+            "config.json and the weights of one checkpoint"
         )
     realign(model)
     return model
+
+
+def _require_weights(path: Path) -> None:
+    if not any((path / name).is_file() for name in _WEIGHTS):
+        raise ValueError(f"{path} has no {_WEIGHTS[0]}; copy its weights again")
+    index = path / _WEIGHTS[1]
+    if (path / _WEIGHTS[0]).is_file() or not index.is_file():
+        return
+    with _understood(index):
+        shards = set(json.loads(index.read_text())["weight_map"].values())
+        lost = sorted(name for name in shards if not (path / name).is_file())
+    if lost:
+        raise ValueError(
+            f"{path} lacks {len(lost)} of the {len(shards)} files that {index.name} names: {_first(lost)}; copy them "
+            "again"
+        )
+
+
+def _first(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
 def realign(model: PreTrainedModel) -> None:
@@ -88,11 +144,22 @@ def realign(model: PreTrainedModel) -> None:
 
 def read_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     """Of the class that the folder names. AutoTokenizer reads a plain one beside a config.json of Qwen2 as Qwen2's own,
-    which splits text differently."""
+    which splits text differently.
+
+    Raises:
+        ValueError: there is none, or one without words.
+    """
     about = path / "tokenizer_config.json"
     named = json.loads(about.read_text()).get("tokenizer_class") if about.is_file() else None
     plain = named in ("PreTrainedTokenizerFast", "TokenizersBackend")
-    return (PreTrainedTokenizerFast if plain else AutoTokenizer).from_pretrained(path)
+    there = {name for name in _TOKENIZER if (path / name).is_file()}
+    whole = there - {"vocab.json", "merges.txt"} or len(there) == 2
+    if whole:
+        with _understood(path / "tokenizer.json"):
+            tokenizer = (PreTrainedTokenizerFast if plain else AutoTokenizer).from_pretrained(path)
+        if tokenizer.vocab_size > 1:  # transformers makes one of a single token where it finds nothing
+            return tokenizer
+    raise ValueError(f"{path} has no words in tokenizer.json (or vocab.json with merges.txt); copy its tokenizer again")
 
 
 def read_texts(path: Path, names: Iterable[str]) -> dict[str, str]:

@@ -45,6 +45,7 @@ class Omni(Qwen25VL):
 
     model_type = "qwen2_5_omni_thinker"
     model_class, config_class = Qwen2_5OmniThinkerForConditionalGeneration, Qwen2_5OmniThinkerConfig
+    unread = (r"^talker\.", r"^token2wav\.")
     placeholders = {"image": "<|IMAGE|>", "video": "<|VIDEO|>", "audio": "<|AUDIO|>"}  # noqa: RUF012
 
     def __init__(self, model: Any, tokenizer: PreTrainedTokenizerBase, files: dict[str, str]) -> None:

@@ -41,10 +41,7 @@ def pixel_limits(files: dict[str, str], kind: str = "video", default: tuple[int,
 
     default: where no file says; None: transformers' own for Qwen2.5-VL.
     """
-    names = PROCESSOR_FILES[:3] if kind == "video" else (PROCESSOR_FILES[0], PROCESSOR_FILES[2])
-    parsed = {name: json.loads(files[name]) for name in names if name in files}
-    nested = parsed.pop("processor_config.json", {}).get(f"{kind}_processor")
-    saved: dict[str, Any] = nested or next(iter(parsed.values()), {})
+    saved = _saved(files, kind) or {}
     size = saved.get("size") or {}
     default = default or (DEFAULT_LIMITS if kind == "video" else IMAGE_LIMITS)
     least, most = (
@@ -54,6 +51,31 @@ def pixel_limits(files: dict[str, str], kind: str = "video", default: tuple[int,
         )
     )
     return int(least), int(most)
+
+
+def require_processor(files: dict[str, str]) -> None:
+    """
+    Raises:
+        ValueError: no file is of the processor of images, or of videos. transformers would take its own limits then,
+            with other sizes of frames than the model was trained on.
+    """
+    for kind in ("video", "image"):
+        if _saved(files, kind) is None:
+            names = " or ".join(_names(kind)[1:])
+            raise ValueError(
+                f"it has no {names}, nor {kind}_processor in {PROCESSOR_FILES[0]}, to say which sizes {kind}s are "
+                "shown in; copy that file from where the model comes from"
+            )
+
+
+def _names(kind: str) -> tuple[str, ...]:
+    return PROCESSOR_FILES[:3] if kind == "video" else (PROCESSOR_FILES[0], PROCESSOR_FILES[2])
+
+
+def _saved(files: dict[str, str], kind: str) -> dict[str, Any] | None:
+    parsed = {name: json.loads(files[name]) for name in _names(kind) if name in files}
+    nested = parsed.pop(PROCESSOR_FILES[0], {}).get(f"{kind}_processor")
+    return nested or next(iter(parsed.values()), None)
 
 
 def make_processor_files(

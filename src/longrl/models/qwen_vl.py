@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-from longrl.models.folder import explained
+from longrl.models.folder import explained, read_texts
 from longrl.models.qwen_processor import (
     DEFAULT_LIMITS,
     IMAGE_LIMITS,
     PROCESSOR_FILES,
     make_processor_files,
     pixel_limits,
+    require_processor,
 )
 from longrl.models.qwen_vision import QwenVision, Resize
 from longrl.models.text import Ranges, Text, tiny_text
@@ -46,12 +47,13 @@ class Qwen25VL(Text):
 
     @classmethod
     def load(cls, path: Path, dtype: torch.dtype) -> Self:
+        with explained(path):
+            require_processor(read_texts(path, cls.extra_files))
         family = super().load(path, dtype)
         with explained(path):
             for kind, token in cls.placeholders.items():
                 if family.token_id(token) != getattr(family.model.config, f"{kind}_token_id"):
                     raise ValueError(f"its tokenizer does not have {token} where config.json says; copy it again")
-        family.files = family.files or cls.processor_files(family.model.config.vision_config, cls.limits)
         return family
 
     def describe(self, path: Path) -> None:

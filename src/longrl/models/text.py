@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar, NoReturn, Self
 
 import torch
+from jinja2 import TemplateError
 from torch import Tensor
 from transformers import (
     PreTrainedConfig,
@@ -35,6 +36,8 @@ class Text:
     config_class: ClassVar[Any]
     extra_files: ClassVar[tuple[str, ...]] = ()
     """Names of files that a checkpoint has besides model and tokenizer, kept as they are."""
+    unread: ClassVar[tuple[str, ...]] = ()
+    """Patterns of weights that its published checkpoints have and it has no place for."""
     decoder_prefix: ClassVar[str] = ""
     placeholders: Mapping[str, str] = {}
     """Kind of clip -> the token that stands for its embeddings; the kinds that the family takes."""
@@ -89,7 +92,7 @@ class Text:
                     f"its config.json is one of a model of several parts ({', '.join(sorted(nested))}), which a "
                     f"{cls.model_type} has not; give it the model_type that it was published with"
                 )
-            model = read_model(cls.model_class, path, dtype)
+            model = read_model(cls.model_class, path, dtype, cls.unread)
             tokenizer = read_tokenizer(path)
             if not tokenizer.chat_template:
                 raise ValueError("its tokenizer has no chat template; add chat_template.jinja")
@@ -200,20 +203,28 @@ class Text:
         """The tokens of an example, one placeholder for each of its clips, but for sound that comes with a video.
 
         Raises:
-            ValueError: the model does not take such clips, or the text holds placeholders of its own, or tokens that
-                the model has no embeddings of.
+            ValueError: the model does not take such clips, its chat template not such messages, or the text holds
+                placeholders of its own, or tokens that the model has no embeddings of.
         """
         for clip in example.clips:
             if clip.kind not in self.placeholders:
                 self._refuse(clip)
-        text = self.tokenizer.apply_chat_template(self.template(example), tokenize=False, add_generation_prompt=True)
+        messages = self.template(example)
+        try:
+            text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        except (TemplateError, TypeError) as error:
+            raise ValueError(
+                f"example {example.id}: the chat template of {self.tokenizer.name_or_path} fails on its messages "
+                f"({' '.join(str(error).split())}); mend chat_template.jinja, or the messages"
+            ) from error
         ids = self.tokenizer.encode(text, add_special_tokens=False)  # pyright: ignore[reportArgumentType]
         found = [self.pads[token] for token in ids if token in self.pads]
         expected = [clip.kind for clip in example.clips if not clip.with_video]
         if found != expected or num_media != len(example.clips):
             raise ValueError(
                 f"example {example.id}: {len(found)} media placeholders ({', '.join(found) or 'none'}) in the text for "
-                f"{num_media} clips ({', '.join(clip.kind for clip in example.clips) or 'none'})"
+                f"{num_media} clips ({', '.join(clip.kind for clip in example.clips) or 'none'}); leave such tokens "
+                "out of the text, or use a chat template that writes one for each clip"
             )
         self.require_known((token for token in ids if token not in self.pads), f"example {example.id}: its text")
         return ids

@@ -63,6 +63,8 @@ class Vila(Text):
     """See models/family.py for the contract."""
 
     model_type = "vila"
+    unread = (r"^(vision_model\.)?head\.",)
+    """Of the tower: what pools, where its config.json leaves that out."""
     decoder_prefix = "llm."
     placeholders = {"image": "<image>", "video": "<vila/video>"}  # noqa: RUF012
 
@@ -92,8 +94,11 @@ class Vila(Text):
             if PROCESSOR not in files:
                 raise ValueError(f"it has no {PROCESSOR}; copy it again")
             llm, tower = (
-                read_model(model_class, path / part, dtype)
-                for part, model_class in (("llm", Qwen2ForCausalLM), ("vision_tower", SiglipVisionModel))
+                read_model(model_class, path / part, dtype, unread)
+                for part, model_class, unread in (
+                    ("llm", Qwen2ForCausalLM, ()),
+                    ("vision_tower", SiglipVisionModel, cls.unread),
+                )
             )
             about = ProjectorConfig(config.projector, config.copies * tower.config.hidden_size, llm.config.hidden_size)
             try:

@@ -59,9 +59,15 @@ class Fold(nn.Module):
 
 
 def _layers(kind: str, wide: int, out: int) -> nn.Module:
-    """Parameters have the names that NVlabs' checkpoints give them: those of a Sequential's places."""
+    """Parameters have the names that NVlabs' checkpoints give them: those of a Sequential's places.
+
+    Raises:
+        ValueError: an identity between different widths.
+    """
     fold, widths = fold_of(kind), projector_widths(kind, wide, out)
     if kind == "identity":
+        if wide != out:
+            raise ValueError(f"identity makes no {out} numbers of {wide}; name the mm_projector_type that was trained")
         return nn.Identity()
     if kind == "linear":
         return nn.Linear(wide, out)

@@ -58,7 +58,10 @@ class VilaVision:
         self.side: int = self.image_size // tower.config.patch_size
         layers, layer = tower.config.num_hidden_layers, config.select_layer
         if not -layers - 1 <= layer <= layers:
-            raise ValueError(f"mm_vision_select_layer is {layer}, but its vision_tower has {layers} layers")
+            raise ValueError(
+                f"mm_vision_select_layer is {layer}, but its vision_tower has {layers} layers; expected "
+                f"{-layers - 1} to {layers}"
+            )
         self.layers = self.body.encoder.layers[: layer if layer >= 0 else layers + 1 + layer]
         if config.scales and config.scales[0] != self.image_size:
             raise ValueError(
@@ -133,7 +136,7 @@ class VilaVision:
             num_frames=frames,
             num_tokens=tokens,
             prompt_tokens=tokens,
-            num_bytes=tokens * self.projector.config.out * self.projector.dtype.itemsize + 8 * frames,
+            num_bytes=tokens * self.projector.config.out * self.tower.dtype.itemsize + 8 * frames,
             chunk_frames=chunk_frames,
             chunk_tokens=chunk_tokens,
         )

@@ -21,9 +21,10 @@ def format_reward(example: Example, rollout: Rollout) -> float:
 
 
 def parse_answer(text: str) -> str | None:
-    """The text in the answer tag, stripped; None if there is none after the thought, or more than one."""
+    """The text in the answer tag, stripped; None if there is none after the thought, or more than one, or the thought
+    is not finished."""
     said = text.rpartition("</think>")[2]
-    if said.count("<answer>") != 1 or said.count("</answer>") != 1:
+    if "<think>" in said or said.count("<answer>") != 1 or said.count("</answer>") != 1:
         return None
     match = re.search(r"<answer>(.*)</answer>", said, re.DOTALL)
     return match[1].strip() if match else None
