@@ -35,7 +35,7 @@ from longrl.data.rows import missing
 from longrl.evals.controls import require_control
 from longrl.flow_config import FlowConfig
 from longrl.judge_config import key_problem
-from longrl.models import FAMILIES, base_path, tiny_family
+from longrl.models import FAMILIES, base_path, require_folder, tiny_family
 from longrl.parallel.layout import require_heads, require_world
 from longrl.plan.devices import find_device
 from longrl.plan.plan import make_plan
@@ -48,6 +48,7 @@ from longrl.rollout.vllm_rules import choose_engine, with_engine
 from longrl.runtime import CHECKPOINTS, rank_and_size
 from longrl.scoring_config import REWARD_NAMES, ScoringConfig, require_used, require_weights, rewards_of, with_answer
 
+UNREAD = {"train": "it trains nothing", "eval": "eval_every_steps is 0"}
 BF16_DIFF = 0.5
 """For algo.max_logprob_diff in bfloat16: above what rounding does (docs/numerics.md), below what a fault does."""
 
@@ -161,7 +162,8 @@ def _report_run(config: DataRunConfig, processes: int | None) -> Iterator[str]:
     for name, path, problem in _files(config):
         if problem is None and path and _reads(config, name) and Path(path).is_file():
             problem = _refusal(_require_rows, config, name, path)
-        _row(f"data.{name}", path or "", problem)
+        unread = "" if _reads(config, name) else f" (this run does not read it: {UNREAD[name]})"
+        _row(f"data.{name}", f"{path or ''}{unread}", problem)
         if problem:
             yield f"data.{name}: {problem}"
     if isinstance(config, TrainConfig):
@@ -372,7 +374,9 @@ def _model_problem(path: str, trained: bool = False) -> str | None:
         named = f"{base}, which the adapters in {path} belong to," if base != path else path
         source = known_source(base)
         mend = f"; download {source}" if source else _model_inside(base)
-        return None if there else f"{named} is not a Hugging Face folder (no config.json){mend}"
+        if not there:
+            return f"{named} is not a Hugging Face folder (no config.json){mend}"
+        return _refusal(require_folder, Path(base))
     if family in FAMILIES:
         return None
     nearest = difflib.get_close_matches(family, FAMILIES, n=1)

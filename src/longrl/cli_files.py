@@ -57,13 +57,14 @@ def data_check(
     media_dir: Annotated[str | None, typer.Option(help="Where relative media paths start.")] = None,
     fps: Fps = None,
     num_frames: NumFrames = None,
+    with_audio: Annotated[bool, typer.Option("--with-audio", help="As video.with_audio: hear each video.")] = False,
     sft: Annotated[bool, typer.Option("--sft", help="Rows need a response rather than an answer.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """A verdict on every row, and on the media files that it names; fails if any row cannot be used."""
     from longrl.data.verdicts import data_check_command
 
-    data_check_command(path, format_name, media_dir, fps, num_frames, sft, as_json)
+    data_check_command(path, format_name, media_dir, fps, num_frames, with_audio, sft, as_json)
 
 
 @data_app.command("make")

@@ -7,7 +7,9 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import save_file
 
 from longrl.algo.losses import LOSSES
 from longrl.algo_config import LOSS_NAMES
@@ -276,3 +278,42 @@ def test_the_model_in_a_folder_of_the_wrong_level_is_named(tmp_path):
         with pytest.raises(ValueError, match=r"not a Hugging Face folder \(no config\.json\); did you mean ") as caught:
             require_model(ModelConfig(path=str(path)))
         assert str(caught.value).replace("/model/../model", "/model").endswith(f"did you mean {named}?")
+
+
+def test_a_folder_has_a_model_of_a_known_kind_with_all_its_weights(tmp_path):
+    def problem() -> str:
+        with pytest.raises(ValueError, match=f"^model.path: {tmp_path}") as caught:
+            require_model(ModelConfig(path=str(tmp_path)))
+        return str(caught.value)
+
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    assert "no family for model_type 'llama'; known: qwen2, " in problem()
+    (tmp_path / "config.json").write_text('{"model_type": ["qwen2"]}')
+    assert "no family for model_type" in problem()
+    (tmp_path / "config.json").write_text('{"model_type": "qwen2"}')
+    assert "has no model.safetensors; copy" in problem()
+    save_file({"a": torch.zeros(99)}, tmp_path / "model-1.safetensors")
+    index = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert "lacks 1 of the 2 files that model.safetensors.index.json names: model-2.safetensors; copy" in problem()
+    whole = (tmp_path / "model-1.safetensors").read_bytes()
+    (tmp_path / "model-2.safetensors").write_bytes(whole[:-9])
+    assert "model-2.safetensors: its weights cannot be read (" in problem()
+    (tmp_path / "model-2.safetensors").write_bytes(whole)
+    require_model(ModelConfig(path=str(tmp_path)))
+    (tmp_path / "config.json").write_text('{"model_type": "vila", "llm_cfg": {}}')
+    assert f"{tmp_path}/llm has no model.safetensors" in problem()
+
+
+def test_rows_that_a_model_does_not_hear(check):
+    row = {"id": "1", "question": "what?", "answer": "a dog", "audio": "a.wav"}
+    Path("a.wav").touch()
+    Path("rows.jsonl").write_text(json.dumps(row))
+    for path, words in (("tiny:qwen2_5_vl", "does not hear; leave out sound"), ("tiny:qwen2", "reads text alone")):
+        with pytest.raises(ValueError, match=rf"has a clip of kind audio, but {path} {words}"):
+            check(model={"path": path}, video={"max_pixels": 784})
+
+
+def test_rows_that_the_run_does_not_read_are_said(check, capsys):
+    check(data={"train": "rows.jsonl", "eval": "rows.jsonl"})
+    assert "data.eval  rows.jsonl (this run does not read it: eval_every_steps is 0)" in capsys.readouterr().out

@@ -87,6 +87,13 @@ def test_good_rows_and_what_is_printed(check):
     assert done.stdout.splitlines()[-1] == f"{path}: 2 rows: 2 no_response"
 
 
+def test_videos_that_are_to_be_heard_have_sound(check):
+    path, done = check(VIDEO, options=("--with-audio",))
+    assert done.returncode == 2
+    assert done.stdout.startswith(f"unreadable_media  {path}:1 (id 'ok'): ")
+    assert "a.mp4: has no audio track" in done.stdout
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

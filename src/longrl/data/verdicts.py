@@ -90,6 +90,7 @@ def data_check_command(
     media_dir: str | None,
     fps: float | None,
     num_frames: int | None,
+    with_audio: bool,
     demonstrations: bool,
     as_json: bool,
 ) -> None:
@@ -106,6 +107,7 @@ def data_check_command(
         video = build_section(VideoConfig, {} if fps is None else {"fps": fps}, "--fps")
     else:
         video = build_section(VideoConfig, {"fps": None, "num_frames": num_frames}, "--num-frames")
+    video = video.model_copy(update={"with_audio": with_audio})
     data = DataConfig.model_validate({"format": format_name, "media_dir": media_dir})
     rows = check_rows(path, data, video, demonstrations=demonstrations)
     counts = Counter(row["verdict"] for row in rows)

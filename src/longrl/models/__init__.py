@@ -8,9 +8,11 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from longrl.config import ModelConfig
+from longrl.models.vila_config import PARTS
+from longrl.models.weight_files import require_weights
 
 if TYPE_CHECKING:
     from longrl.models.family import Family
@@ -107,17 +109,43 @@ def _load_plain(where: str, dtype_name: str, seed: int) -> Family:
     else:
         path = Path(where)
         try:
-            model_type = json.loads((path / "config.json").read_text())["model_type"]
-        except (OSError, KeyError, TypeError, ValueError) as error:
-            raise ValueError(
-                f"model.path {path}: not a Hugging Face folder (no config.json with a model_type: {error}); "
-                "download or export one, or use tiny:FAMILY"
-            ) from error
-    if not isinstance(model_type, str) or model_type not in FAMILIES:
-        raise ValueError(f"model.path {where}: no family for model_type {model_type!r}; known: {', '.join(FAMILIES)}")
+            model_type = str(_config(path)["model_type"])
+        except ValueError as error:
+            raise ValueError(f"model.path {error}") from error
+    if model_type not in FAMILIES:
+        raise ValueError(f"model.path {where}: {_unknown(model_type)}")
     module, name = FAMILIES[model_type].split(":")
     family = getattr(importlib.import_module(module), name)
     return family.tiny(seed, dtype) if path is None else family.load(path, dtype)
+
+
+def _config(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        config["model_type"]
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{path}: not a Hugging Face folder (no config.json with a model_type: {error}); download or export one, "
+            "or use tiny:FAMILY"
+        ) from error
+    return config
+
+
+def _unknown(model_type: str) -> str:
+    return f"no family for model_type {model_type!r}; known: {', '.join(FAMILIES)}"
+
+
+def require_folder(path: Path) -> None:
+    """Looks at the files of a model without loading it.
+
+    Raises:
+        ValueError: no family handles its model_type, or its weights are not all there.
+    """
+    config = _config(path)
+    if str(config["model_type"]) not in FAMILIES:
+        raise ValueError(f"{path}: {_unknown(str(config['model_type']))}")
+    for folder in [path / part for part in PARTS] if "llm_cfg" in config else [path]:
+        require_weights(folder)
 
 
 def device_of(config: ModelConfig) -> str:

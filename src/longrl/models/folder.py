@@ -15,6 +15,8 @@ from safetensors import SafetensorError
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
+from longrl.models.weight_files import first, require_weights
+
 _OBJECTS = (
     "config.json",
     "model.safetensors.index.json",
@@ -28,7 +30,6 @@ _OBJECTS = (
 """Files of which transformers' and our code take for granted that they can be read."""
 _OLD_BUFFERS = (r"(^|\.)rotary_(pos_)?emb\.inv_freq$", r"(^|\.)position_ids$")
 """Weights of older files that are computed today."""
-_WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 _TOKENIZER = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt")
 _BAD_FILE = (StrictDataclassError, ArithmeticError, AssertionError, AttributeError, LookupError, TypeError)
 """What transformers raises of files that are JSON and say what cannot be: "hidden_size": "big"."""
@@ -91,7 +92,7 @@ def read_model(model_class: Any, path: Path, dtype: torch.dtype, unread: Iterabl
         ValueError: some are missing, of another size than config.json says, or too many for it, or config.json is none
             of such a model.
     """
-    _require_weights(path)
+    require_weights(path)
     with _understood(path / "config.json"):
         # sizes that differ are listed rather than raised, so that the message can name them
         model, info = model_class.from_pretrained(
@@ -101,38 +102,18 @@ def read_model(model_class: Any, path: Path, dtype: torch.dtype, unread: Iterabl
     missing = sorted(info["missing_keys"] | {key for key, *_ in info["mismatched_keys"]})
     if missing:
         raise ValueError(
-            f"{len(missing)} weights are missing or of another size than config.json says: {_first(missing)}; copy "
+            f"{len(missing)} weights are missing or of another size than config.json says: {first(missing)}; copy "
             "them again"
         )
     known = re.compile("|".join([*_OLD_BUFFERS, *unread]))
     extra = sorted(key for key in info["unexpected_keys"] if not known.search(key))
     if extra:
         raise ValueError(
-            f"{len(extra)} weights have no place in the model that config.json describes: {_first(extra)}; copy "
+            f"{len(extra)} weights have no place in the model that config.json describes: {first(extra)}; copy "
             "config.json and the weights of one checkpoint"
         )
     realign(model)
     return model
-
-
-def _require_weights(path: Path) -> None:
-    if not any((path / name).is_file() for name in _WEIGHTS):
-        raise ValueError(f"{path} has no {_WEIGHTS[0]}; copy its weights again")
-    index = path / _WEIGHTS[1]
-    if (path / _WEIGHTS[0]).is_file() or not index.is_file():
-        return
-    with _understood(index):
-        shards = set(json.loads(index.read_text())["weight_map"].values())
-        lost = sorted(name for name in shards if not (path / name).is_file())
-    if lost:
-        raise ValueError(
-            f"{path} lacks {len(lost)} of the {len(shards)} files that {index.name} names: {_first(lost)}; copy them "
-            "again"
-        )
-
-
-def _first(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
 def realign(model: PreTrainedModel) -> None:

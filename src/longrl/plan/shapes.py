@@ -223,13 +223,18 @@ def require_clips(shape: ModelShape, path: str, examples: Sequence[Example]) -> 
     """Looks whether the model of this path can see what rows hold.
 
     Raises:
-        ValueError: it reads text alone, or sees no pictures that are as small as a row asks for.
+        ValueError: it reads text alone, does not hear, or sees no pictures that are as small as a row asks for.
     """
     if shape.vision is None:
         if seen := next((one for one in examples if one.clips), None):
             kind = seen.clips[0].kind
             raise ValueError(f"example {seen.id} has a clip of kind {kind}, but {path} reads text alone")
         return
+    heard = (one for one in examples if any(clip.kind == "audio" for clip in one.clips))
+    if shape.audio is None and (hears := next(heard, None)):
+        raise ValueError(
+            f"example {hears.id} has a clip of kind audio, but {path} does not hear; leave out sound (video.with_audio)"
+        )
     asked = {clip.max_pixels: one.id for one in examples for clip in one.clips if clip.kind != "audio"}
     for max_pixels, example_id in asked.items():
         try:
