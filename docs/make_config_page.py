@@ -19,9 +19,10 @@ INTRO = """# Configuration
 <!-- Made by `make docs` from src/longrl/config.py and the *_config.py beside it. Do not edit. -->
 
 A run is one or more YAML files, merged left to right, and `key=value` overrides:
-`longrl rl a.yaml b.yaml rollout.group_size=16`. `kind` says which command a file is for. Unknown keys are errors.
-`longrl check` validates without running. The run directory receives the resolved configuration as `config.yaml`, which
-is itself a file that these commands take.
+`longrl rl a.yaml b.yaml rollout.group_size=16`. Sections are merged key by key, but `rewards`: a file or
+`rewards={...}` names all of them; `rewards.NAME=0.5` changes or adds one, `rewards.NAME=null` removes it. `kind` says
+which command a file is for. Unknown keys are errors. `longrl check` validates without running. The run directory
+receives the resolved configuration as `config.yaml`, which is itself a file that these commands take.
 """
 BOUNDS = {"gt": "> {}", "ge": ">= {}", "lt": "< {}", "le": "<= {}"}
 

@@ -10,7 +10,7 @@ import difflib
 import json
 import re
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,8 @@ KINDS: dict[str, type[BaseModel]] = {
     model.model_fields["kind"].default: model for model in (*typing.get_args(typing.get_args(AnyConfig)[0]), FlowConfig)
 }
 
+_WHOLE = ("rewards",)
+"""Mappings that are a choice, of which a file means all."""
 Section = typing.TypeVar("Section", bound=BaseModel)
 Origins = dict[tuple[str, ...], str]
 """Key path -> the file and line, or the override, that set it."""
@@ -57,6 +59,8 @@ for _name, (_pattern, _first) in _SCALARS.items():
 def load_config(paths: Sequence[Path], overrides: Sequence[str] = ()) -> AnyConfig | FlowConfig:
     """Merges the files left to right (mappings deeply, everything else replaced), then the overrides, and validates.
 
+    `rewards` is what it is last set to, not merged; `rewards.NAME=WEIGHT` changes one, null removes it.
+
     Args:
         paths: YAML files.
         overrides: `key.sub=value`, the value read as YAML.
@@ -67,9 +71,11 @@ def load_config(paths: Sequence[Path], overrides: Sequence[str] = ()) -> AnyConf
     merged: dict[str, Any] = {}
     origins: Origins = {}
     for path in paths:
-        _merge(merged, _read(Path(path), origins))
+        _merge(merged, _read(Path(path), origins), _WHOLE)
     for override in overrides:
-        _merge(merged, _read_override(override, origins))
+        _merge(merged, *_read_override(override, origins))
+    if isinstance(rewards := merged.get("rewards"), dict):
+        merged["rewards"] = {name: weight for name, weight in rewards.items() if weight is not None}
     sources = ", ".join(map(str, paths)) or "the configuration"
     kind = merged.get("kind")
     if not isinstance(kind, str) or kind not in KINDS:
@@ -160,9 +166,11 @@ def _read(path: Path, origins: Origins) -> dict[str, Any]:
     return tree
 
 
-def _read_override(override: str, origins: Origins) -> dict[str, Any]:
+def _read_override(override: str, origins: Origins) -> tuple[dict[str, Any], Collection[str]]:
+    """What it sets, and what of it is not merged."""
     key, equals, text = override.partition("=")
-    keys = tuple(key.split("."))
+    section, _, name = key.partition(".")
+    keys = (section, name) if name and section in _WHOLE else tuple(key.split("."))  # my_rewards.py:brevity
     if not equals or not all(keys):
         raise ValueError(f"override {override!r}: expected key=value, for example optim.lr=1e-6")
     where = f"override {override!r}"
@@ -170,12 +178,13 @@ def _read_override(override: str, origins: Origins) -> dict[str, Any]:
     value = _parse(text, where, keys, origins)
     for part in reversed(keys):
         value = {part: value}
-    return value
+    return value, _WHOLE if len(keys) == 1 else ()
 
 
-def _merge(into: dict[str, Any], update: dict[str, Any]) -> None:
+def _merge(into: dict[str, Any], update: dict[str, Any], whole: Collection[str] = ()) -> None:
+    """whole: keys that replace a mapping."""
     for key, value in update.items():
-        if isinstance(value, dict) and isinstance(into.get(key), dict):
+        if isinstance(value, dict) and isinstance(into.get(key), dict) and key not in whole:
             _merge(into[key], value)
         else:
             into[key] = value

@@ -21,6 +21,7 @@ CONFIG_NAME = "config.yaml"
 CHECKPOINTS = "checkpoints"
 """Where a run directory keeps its checkpoints."""
 _FREE = (
+    *("data.on_error", "data.max_skips"),  # who mends nothing goes on without the rows that are found bad
     *("parallel.", "processes.", "memory.", "cache.", "model.device", "algo.offload_reference"),
     *("gradient_checkpointing", "sampling.max_rows"),
     *("rollout.prompts_in_flight", "rollout.max_streams", "rollout.server", "rollout.vllm.max_model_len"),

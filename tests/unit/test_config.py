@@ -54,6 +54,19 @@ def test_files_merge_left_to_right_then_overrides(base, tmp_path):
     assert config.optim.weight_decay == 0.5
 
 
+def test_rewards_are_chosen_as_a_whole_or_one_by_one(base, tmp_path):
+    first = write(tmp_path / "first.yaml", "rewards: {format: 0.1, answer: 0.4, 'my.py:brevity': 0.5}\n")
+    second = write(tmp_path / "second.yaml", "rewards: {answer: 0.9}\njudge: null\n")
+    assert load_config([base, first, second]).rewards == {"answer": 0.9}
+    assert load_config([base, first], ["rewards={answer: 0.9}"]).rewards == {"answer": 0.9}
+    changed = load_config([base, first], ["rewards.answer=1", "rewards.format=null", "rewards.my.py:brevity=0.2"])
+    assert changed.rewards == {"answer": 1.0, "my.py:brevity": 0.2}
+    assert load_config([base, second], ["rewards.my_rewards.py:short=0"]).rewards == {
+        "answer": 0.9,
+        "my_rewards.py:short": 0.0,
+    }
+
+
 @pytest.mark.parametrize("text", ["off", "no", "1:30", "0123", "2024-01-01"])
 def test_what_only_yaml_1_1_takes_for_another_type_is_text(text, base, tmp_path):
     path = write(tmp_path / "text.yaml", f"data: {{system_prompt: {text}}}\n")

@@ -126,7 +126,9 @@ def fastest_change(
         Configuration keys and values, with the setup that they come to; None where nothing is clearly faster.
     """
     before, found = _step_s(shape, work, setup, device, processes), []
-    in_flight = {setup.prompts_in_flight, *((1, 2, 4, 8) if work.rollout and not setup.vllm else ())}
+    in_flight = {setup.prompts_in_flight}
+    if work.rollout and not setup.vllm:
+        in_flight |= {count for count in (1, 2, 4, 8) if count <= work.prefixes}
     for changes, results, _, other in _tries(shape, work, setup, processes, in_flight, [setup.vllm]):
         if not results and fits(shape, work, other, device):
             after = _step_s(shape, work, other, device, processes)

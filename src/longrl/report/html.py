@@ -44,7 +44,6 @@ _CURVES: dict[str, dict[str, tuple[str, ...]]] = {
     "sft": {"Loss": ("loss",), "Gradient norm": ("grad_norm",), "Learning rate": ("lr",)},
 }
 _OPTION = re.compile(r"^[A-Z]\. ", re.MULTILINE)
-_BOUNDS = {"sampling/logprob_diff": 1e-5}
 
 
 def write_report(run_dir: Path) -> Path:
@@ -196,7 +195,8 @@ def _curves(run: RunFiles, kind: str) -> str:
         return f"<h2>{title}</h2>{run.missing(metrics_file(run.config, kind))}"
     window = smoothing(len(records))
     averaged = f", with the moving mean of {window} steps drawn strong" if window > 1 else ""
-    main = [_curve(records, label, names) for label, names in _CURVES[kind].items()]
+    bound = _max_logprob_diff(run.config)
+    main = [_curve(records, label, names, bound) for label, names in _CURVES[kind].items()]
     shown = {name for names in _CURVES[kind].values() for name in names} | {"step", "wall_s"}
     others = [name for name in _union(records) if name not in shown and not name.startswith("time/")]
     more = "".join(_curve(records, name, (name,)) for name in others)
@@ -209,7 +209,15 @@ def _curves(run: RunFiles, kind: str) -> str:
     return f'<h2>{title}</h2>{note}<div class="grid">{"".join(main)}</div>{details}'
 
 
-def _curve(records: list[dict[str, Any]], title: str, names: Iterable[str]) -> str:
+def _max_logprob_diff(config: Mapping[str, Any]) -> float | None:
+    """Above which the run stops."""
+    loop = config.get("rl", config)
+    return loop.get("algo", {}).get("max_logprob_diff") if isinstance(loop, Mapping) else None
+
+
+def _curve(
+    records: list[dict[str, Any]], title: str, names: Iterable[str], max_logprob_diff: float | None = None
+) -> str:
     """One chart of the metrics among `names` that were logged; nothing if none was."""
     present = [name for name in names if any(record.get(name) is not None for record in records)]
     if not present:
@@ -219,7 +227,9 @@ def _curve(records: list[dict[str, Any]], title: str, names: Iterable[str]) -> s
         Series(label=name, colour=colour, ys=_column(records, name))
         for name, colour in zip(present, colours, strict=False)
     ]
-    bound = next((_BOUNDS[name] for name in present if name in _BOUNDS), None)
+    bound = max_logprob_diff if "sampling/logprob_diff" in present else None
+    if bound is not None:
+        title = f"{title} (dashed: {bound:g}, above which the run stops)"
     log = bound is not None and all(not y <= 0 for one in series for y in one.ys)
     svg = line_chart([record["step"] for record in records], series, title, log=log, bound=bound)
     return _figure(title, series if len(series) > 1 else [], svg)
