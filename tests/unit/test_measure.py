@@ -152,7 +152,7 @@ def test_a_prompt_that_is_too_long_is_refused_before_it_is_decoded(family, tmp_p
     for part in ("example q7", f"{length} tokens", f"data.max_prompt_tokens allows {length - 1}", "video.max_pixels"):
         assert part in line
     assert "\n" not in line
-    assert skipping.skips.names == {"q7": line}
+    assert skipping.skips.names == {"q7": line.removesuffix("; or set data.on_error to skip")}
     assert skipping.cache.info().num_entries == 0
     kept, [prompt] = builder(family, tmp_path, "raise", length)([example])
     assert (kept, len(prompt)) == ([0], length)
@@ -177,6 +177,17 @@ def test_what_the_cache_holds_is_counted_too(family, tmp_path, clip):
     [prompt] = builder(family, tmp_path, "raise", 10**6)([question(clip)])[1]
     with pytest.raises(MediaError, match=f"would have {len(prompt)} tokens"):
         builder(family, tmp_path, "raise", len(prompt) - 1)([question(clip)])
+
+
+def test_media_that_turn_out_unreadable_are_told_with_the_example_and_how_to_go_on(family, tmp_path, clip):
+    cut = tmp_path / "cut.mp4"
+    cut.write_bytes(Path(clip.path).read_bytes()[:2000])
+    example = question(replace(clip, path=str(cut)))
+    with pytest.raises(MediaError, match=rf"^example q7: .*{cut}.*; or set data.on_error to skip$"):
+        builder(family, tmp_path, "raise", None)([example])
+    skipping = builder(family, tmp_path, "skip", None)
+    assert skipping([example]) == ([], [])
+    assert str(cut) in skipping.skips.names["q7"]
 
 
 def test_one_that_is_too_long_keeps_no_other_from_being_decoded_first(family, tmp_path, clip):

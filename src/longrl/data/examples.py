@@ -46,11 +46,12 @@ class Skips:
         """Lets the caller go on without `name`, or ends the run. The same name counts once.
 
         Raises:
-            MediaError: The given one, if nothing may be skipped.
+            MediaError: The given one, with how to go on without, if nothing may be skipped.
             ValueError: Too much was skipped.
         """
         if self.data.on_error == "raise":
-            raise error
+            mend = "set data.on_error to skip"
+            raise error if mend in str(error) else MediaError(f"{error}; or {mend}") from error
         if name in self.names:
             return
         self.names[name] = str(error)

@@ -169,7 +169,7 @@ class PromptBuilder:
         usable = [one for one in found if not isinstance(one, MediaError)]
         for error in found:
             if isinstance(error, MediaError):
-                self.skips.record(example.id, error)
+                self.skips.record(example.id, MediaError(f"example {example.id}: {error}"))
                 return None
         return usable
 
