@@ -12,11 +12,15 @@ import pickle
 import resource
 import signal
 import sys
+import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from longrl.rewards.compose import REWARDS, bound, number_or_none
 from longrl.rewards.pool import MAX_PRINTED_BYTES, message_of
+
+OURS = str(Path(__file__).parents[1])
 
 
 def main() -> None:
@@ -55,7 +59,9 @@ def _reply(
     except BaseException as error:  # noqa: BLE001 - user code; sys.exit() must not end it without a word either
         message = message_of(error, 500)
         told = f"{type(error).__name__}: {message}"
-        if not args:
+        if args:
+            told += _place(error)
+        else:
             told = message if isinstance(error, ValueError) else f"reward {name!r} cannot be loaded: {told}"
         reply = {"error": told, "fit": True}
     try:
@@ -69,6 +75,13 @@ def _reply(
     if printed >= MAX_PRINTED_BYTES:
         return {"error": f"it printed {MAX_PRINTED_BYTES} bytes or more", "fit": False}
     return reply
+
+
+def _place(error: BaseException) -> str:
+    """` (file:line)` of the reward, where it called what raised, or raised."""
+    frames = traceback.extract_tb(error.__traceback__)
+    theirs = (frame for frame in frames if not frame.filename.startswith(OURS))
+    return next((f" ({frame.filename}:{frame.lineno})" for frame in theirs), "")
 
 
 if __name__ == "__main__":
