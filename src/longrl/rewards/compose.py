@@ -331,7 +331,7 @@ def bound(name: str, options: Mapping[str, Any], known: Mapping[str, Reward]) ->
         inspect.signature(reward).bind(None, None, **options)
     except TypeError as error:
         given = "".join(f", {key}={value!r}" for key, value in options.items())
-        mend = f"; mend scoring.options.{name}" if given else ""
+        mend = f"; {'mend' if given else 'set'} scoring.options.{name}"
         raise ValueError(f"reward {name!r} cannot be called as (example, rollout{given}): {error}{mend}") from error
     return functools.partial(reward, **options) if options else reward
 
