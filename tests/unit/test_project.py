@@ -24,7 +24,12 @@ ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
 SOURCES = sorted((ROOT / "src").rglob("*.py"))
-DISTRIBUTIONS = {"yaml": "pyyaml", "PIL": "pillow", "math_verify": "math-verify"}
+DISTRIBUTIONS = {
+    "yaml": "pyyaml",
+    "PIL": "pillow",
+    "math_verify": "math-verify",
+    "huggingface_hub": "huggingface-hub",
+}
 """Import name -> distribution, where they differ."""
 
 
