@@ -46,10 +46,11 @@ test-oldest: .venv/oldest.stamp
 	  tests/families/test_training.py tests/parity/test_omni.py tests/parity/test_qwen3_vl.py tests/parity/test_positions.py \
 	  tests/parity/test_patches.py tests/parity/test_vila.py tests/unit/test_vila.py
 
-# All of what `make test` does a sample of (tests/__init__.py): runs on every layout, presets, plans in bf16; 15 minutes.
+# All of what `make test` does a sample of (tests/__init__.py): runs on every layout, presets, plans in bf16,
+# 8,192 frames; 20 minutes.
 test-long: .venv/dev.stamp
 	LONGRL_LONG=1 $(PYTEST) tests/distributed tests/parity/test_plan_memory.py tests/e2e/test_gpu_script.py \
-	  tests/e2e/test_presets.py
+	  tests/e2e/test_many_frames.py tests/e2e/test_presets.py
 
 # On a real Slurm of two nodes on this machine, from Debian's packages, as root: five minutes.
 test-slurm: .venv/dev.stamp

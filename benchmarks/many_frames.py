@@ -3,8 +3,8 @@
     python benchmarks/many_frames.py                                  # all families that see videos
     python benchmarks/many_frames.py --families qwen3_vl --frames 512
 
-Prints one JSON object a family as soon as it is done. Frames of at least two tokens each; Qwen3-VL's times are text, a
-dozen tokens for each pair of frames, so that its prompt is several times as long and cannot be shorter. The
+Prints one JSON object a family as soon as it is done. Frames of at least two tokens each; Qwen3-VL's times are text,
+eleven tokens for each pair of frames, so that its prompt is nearly four times as long and cannot be shorter. The
 first question decodes, encodes and prefills; the second one, in a new process, finds the embeddings in the cache and
 prefills. Resident memory is the process's peak.
 """

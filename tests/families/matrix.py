@@ -77,6 +77,17 @@ def twin(name: str, dtype: torch.dtype) -> Family:
     return family
 
 
+def untied(name: str, folder: Path) -> Path:
+    """A twin's folder with a head of its own, as the large published models have it."""
+    family: Any = load_family(ModelConfig(path=f"tiny:{name}"))
+    for config in (family.model.config, family.model.config.get_text_config()):
+        config.tie_word_embeddings = False
+    drawn = torch.randn(family.model.lm_head.weight.shape, generator=torch.Generator().manual_seed(1))
+    family.model.lm_head.weight = torch.nn.Parameter(0.08 * drawn)
+    family.save(folder)
+    return folder
+
+
 def ask(family: Family, content: tuple[str | Clip, ...]) -> tuple[list[Example], list[Prompt]]:
     """Every question about the same media."""
     examples = [

@@ -13,13 +13,14 @@ from safetensors.torch import load_file
 from longrl.config import ModelConfig, RlConfig, SftConfig
 from longrl.export import export_command
 from longrl.models import adapters, load_family
+from longrl.models.family import Family
 from longrl.policy import Policy
 from longrl.report.metrics import read_metrics
 from longrl.train_rl import train_rl
 from longrl.train_sft import train_sft
 from longrl.verify import shared
 from tests import in_process
-from tests.families.matrix import TAKES, contents, every, is_stock, taking, twin, written
+from tests.families.matrix import TAKES, contents, every, is_stock, taking, twin, untied, written
 
 EVEN = {"tests.e2e.rewards:first_token_even": 1.0}
 COLUMNS: dict[str, dict[str, Any]] = {
@@ -110,7 +111,12 @@ def test_sound(name, files, tmp_path):
 def test_export(name, trained, tmp_path):
     """What an SFT run leaves is read and written again, key for key and bit for bit; transformers' own class makes the
     same logits of it."""
-    export_command(trained[name], None, tmp_path / "out")
+    require_export(trained[name], tmp_path)
+
+
+def require_export(run: Path, tmp_path: Path) -> dict[str, torch.Tensor]:
+    """The exported weights."""
+    export_command(run, None, tmp_path / "out")
     family = load_family(ModelConfig(path=str(tmp_path / "out")))
     family.save(tmp_path / "again")
     files = sorted(path.relative_to(tmp_path / "out") for path in (tmp_path / "out").rglob("*.safetensors"))
@@ -127,12 +133,18 @@ def test_export(name, trained, tmp_path):
         with torch.no_grad():
             theirs = kind.from_pretrained(tmp_path / "out")(input_ids=ids).logits
             assert torch.equal(theirs, family.model(input_ids=ids).logits)
+    return {key: x for file in files for key, x in load_file(tmp_path / "out" / file).items()}
 
 
 @every
 def test_lora(name, files, tmp_path):
     """Adapters learn, nothing else does; the merged export computes what base and adapters do (fp32: 1e-5)."""
-    model = {"lora": {"rank": 4, "alpha": 16}}
+    require_lora(name, {}, twin(name, torch.float32), files, tmp_path)
+
+
+def require_lora(name: str, model: dict[str, Any], base: Family, files: Path, tmp_path: Path) -> None:
+    """model: what says that it is base."""
+    model = model | {"lora": {"rank": 4, "alpha": 16}}
     run = make_config(name, files, tmp_path, model, steps=4, optim={"lr": 1e-2})
     saved = train_sft(SftConfig.model_validate(run))
     losses = [line["loss"] for line in read_metrics(tmp_path / "run" / "metrics.jsonl")]
@@ -141,6 +153,18 @@ def test_lora(name, files, tmp_path):
     export_command(tmp_path / "run", None, tmp_path / "out", merge_lora=True)
     case = written(twin(name, torch.float32), contents(files)[TAKES[name][-1]])
     loaded = [load_family(ModelConfig(path=str(path))) for path in (saved, tmp_path / "out")]
-    pair, merged, base = (shared(Policy(one), case).logprobs for one in (*loaded, twin(name, torch.float32)))
+    pair, merged, base = (shared(Policy(one), case).logprobs for one in (*loaded, base))
     assert (pair - merged).abs().max() < 1e-5
     assert (pair - base).abs().max() > 1e-3
+
+
+def test_a_head_of_its_own(files, tmp_path):
+    """Is trained, exported, and left as it is by adapters: of all twins, head and embeddings are the same weights."""
+    name, model = "qwen2_5_vl", {"path": str(untied("qwen2_5_vl", tmp_path / "model"))}
+    before = load_file(tmp_path / "model" / "model.safetensors")["lm_head.weight"]
+    train_sft(SftConfig.model_validate(make_config(name, files, tmp_path / "sft", model, steps=2)))
+    after = require_export(tmp_path / "sft" / "run", tmp_path)
+    assert not torch.equal(after["lm_head.weight"], before)
+    base = load_family(ModelConfig(path=model["path"]))
+    require_lora(name, model, base, files, tmp_path / "lora")
+    assert torch.equal(load_file(tmp_path / "lora" / "out" / "model.safetensors")["lm_head.weight"], before)

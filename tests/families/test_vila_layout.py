@@ -1,4 +1,5 @@
-"""VILA as NVlabs publishes it: the tokenizer knows tokens of media that the body has no embeddings for."""
+"""VILA as NVlabs publishes it: the tokenizer knows tokens of media that the body has no embeddings for, and the body of
+8B has a head of its own."""
 
 from __future__ import annotations
 
@@ -30,7 +31,7 @@ ROWS = 512
 def make(dtype: torch.dtype = torch.float32) -> Vila:
     tokenizer = tiny_tokenizer()
     content = tiny_content(tokenizer)
-    content["llm_cfg"] |= {"vocab_size": ROWS}
+    content["llm_cfg"] |= {"vocab_size": ROWS, "tie_word_embeddings": False}
     return Vila.make(content, tokenizer, 0, dtype)
 
 
@@ -90,6 +91,7 @@ def test_training_and_export(folder, files, tmp_path):
     lines = read_metrics(tmp_path / "rl" / "run" / "metrics.jsonl")
     assert max(line["sampling/logprob_diff"] for line in lines if line["groups/informative"]) < 1e-5
     shapes = {name: x.shape for name, x in weights(folder).items()}
+    assert "llm/model.safetensors/lm_head.weight" in shapes
     assert {name: x.shape for name, x in weights(tmp_path / "out").items()} == shapes
     family = load_family(ModelConfig(path=str(tmp_path / "out")))
     family.save(tmp_path / "again")
