@@ -40,7 +40,9 @@ def test_nothing_but_a_verdict_is_a_verdict(tmp_path):
             server.behave = lambda asked, reply=reply: reply
             error = ask(judge, f"What is {number}?").exception()
             assert isinstance(error, CallError), reply
+            assert error.again, reply
             assert re.search("malformed|JSON|decode", str(error)), (reply, error)
+        assert len(server.asked) == judge.take().counts["judge/unanswered"] == len(MALFORMED)
         server.behave = lambda asked: Reply(f" {verdict(0)}\n")
         assert ask(judge, "What is it?").result() == 0.0
 

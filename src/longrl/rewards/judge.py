@@ -207,7 +207,7 @@ class JudgeModel:
         except openai.APIStatusError as error:
             used.usd = 0.0
             raise http_error(error.status_code, error.response.headers, self._plain(error.response.text)) from None
-        except (openai.OpenAIError, ValueError) as error:  # the latter: a body that is not JSON
+        except (openai.OpenAIError, ValueError, RecursionError) as error:  # the latter: not JSON, or too deeply nested
             cause = f" ({error.__cause__})" if error.__cause__ else ""
             raise CallError(self._plain(f"{type(error).__name__}: {error}{cause}"), again=True) from None
         usage = getattr(reply, "usage", None)
@@ -269,7 +269,7 @@ def read_reply(reply: Any, hide: Callable[[str], str] = str) -> Verdict:
         first = error.errors(include_url=False, include_input=False)[0]
         where = ".".join(map(str, first["loc"]))
         why = f"malformed verdict: {where or 'reply'}: {first['msg']}"
-    except (AttributeError, TypeError, ValueError) as error:
+    except (AttributeError, TypeError, ValueError, RecursionError) as error:
         why = f"malformed reply: {error}"
     raise CallError(f"{why}; it says {hide(said)[:100]!r}" if isinstance(said, str) else why, again=True)
 
