@@ -114,6 +114,7 @@ MALFORMED = [
     Reply('{"reason": "twice", "score": 0, "score": 10}'),
     Reply('{"reason": "cut off", "sco', finish="length"),
     Reply(verdict(0), finish="content_filter"),
+    Reply('{"reason": "deep", "score": ' + "[" * 20_000),
     Reply(""),
     Reply("[]"),
     Reply("0"),
@@ -126,6 +127,7 @@ MALFORMED = [
     Reply(body=b"null"),
     Reply(body=b'"score: 0"'),
     Reply(body=b"\xff\xfe\x00"),
+    Reply(body=b'{"choices": ' + b"[" * 20_000),
     Reply(body=b"<html>a login page</html>", headers={"Content-Type": "text/html"}),
 ]
 """Status 200, and nothing that is a verdict."""

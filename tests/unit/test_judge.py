@@ -40,7 +40,9 @@ def test_nothing_but_a_verdict_is_a_verdict(tmp_path):
             server.behave = lambda asked, reply=reply: reply
             error = ask(judge, f"What is {number}?").exception()
             assert isinstance(error, CallError), reply
+            assert error.again, reply
             assert re.search("malformed|JSON|decode", str(error)), (reply, error)
+        assert len(server.asked) == judge.take().counts["judge/unanswered"] == len(MALFORMED)
         server.behave = lambda asked: Reply(f" {verdict(0)}\n")
         assert ask(judge, "What is it?").result() == 0.0
 
@@ -177,6 +179,18 @@ def test_a_judge_that_is_away_at_first_does_not_stop_the_run(tmp_path, weights, 
     assert len(server.asked) == 40
 
 
+def test_a_text_that_cannot_be_sent_is_unscorable_and_says_why(tmp_path, caplog):
+    with JudgeServer() as server, caplog.at_level(logging.WARNING):
+        rewards = build_rewards({"judge": 1.0}, judge=make(server, tmp_path))
+        one = group("a cat")
+        (scored,) = rewards(dataclasses.replace(one, example=example("What is \ud83d?")))
+        assert rewards(group("a cat"))[0].reward == 0.4
+    assert scored.reward is None
+    assert "of example q7 failed: ValueError: QUESTION: got a lone surrogate, '\\ud83d', as character 8" in caplog.text
+    assert "correct the row" in caplog.text
+    assert len(server.asked) == 1
+
+
 def test_the_start_finds_what_would_fail_later(tmp_path, monkeypatch):
     keyed = {"base_url": "http://127.0.0.1:1/v1", "model": "m", "key_env": "A_KEY"}
     monkeypatch.delenv("A_KEY", raising=False)
@@ -187,7 +201,8 @@ def test_the_start_finds_what_would_fail_later(tmp_path, monkeypatch):
         Judge(make("", tmp_path, models={"one": keyed}))
     with socket.create_server(("127.0.0.1", 0)) as free:
         url = f"http://127.0.0.1:{free.getsockname()[1]}/v1"
-    with pytest.raises(RuntimeError, match=rf"judge.models.one: .*Connect.* asked at {url} for model m"):
+    mend = r"; start the server, or correct judge\.models\.one\.base_url$"
+    with pytest.raises(RuntimeError, match=rf"judge.models.one: .*Connect.* asked at {url} for model m{mend}"):
         Judge(make(url, tmp_path)).check()
     with pytest.raises(RuntimeError, match=r"judge\.models\.one: .*Connection error"):
         Judge(make("http://no-such-host.invalid/v1", tmp_path)).check()
@@ -197,12 +212,12 @@ def test_the_start_finds_what_would_fail_later(tmp_path, monkeypatch):
         assert len(server.asked) == 2  # that an answer is kept says nothing about the server
         monkeypatch.setenv("A_KEY", f"{SECRET}\n")
         server.behave = lambda asked: Reply(status=401, body=f'{{"error": "bad key {asked.key}"}}'.encode())
-        with pytest.raises(ValueError, match=r"HTTP 401: .*bad key \[key\]") as caught:
+        with pytest.raises(ValueError, match=r"HTTP 401: .*bad key \[key\].* for model m$") as caught:
             Judge(make(server, tmp_path, models={"one": keyed | {"base_url": server.url}})).check()
         assert server.asked[-1].key == SECRET
         assert SECRET not in str(caught.value)
         server.behave = lambda asked: Reply("Hello! How can I help?")
-        with pytest.raises(RuntimeError, match=r"malformed reply: .*; it says 'Hello! How can I help\?' .* asked at"):
+        with pytest.raises(RuntimeError, match=r"malformed reply: .*; it says 'Hello! How can I help\?' .* model m$"):
             Judge(make(server, tmp_path, {"attempts": 2})).check()
 
 

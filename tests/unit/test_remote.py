@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 import time
@@ -15,7 +16,18 @@ from longrl.rewards.judge import Judge
 from longrl.rewards.limits import CallError
 from longrl.rewards.remote import Remote, Use, http_error, start
 from longrl.rewards.store import Store
-from tests.judge_server import FAULTS, RETRY_AFTER_S, Asked, JudgeServer, Reply, numbered, score_of, storm
+from tests.judge_server import (
+    FAULTS,
+    RETRY_AFTER_S,
+    Asked,
+    JudgeServer,
+    Reply,
+    numbered,
+    packed,
+    score_of,
+    storm,
+    verdict,
+)
 from tests.judging import ask, make, priced
 
 STORM_CALLS = int(os.environ.get("LONGRL_JUDGE_CALLS", "1000"))
@@ -235,6 +247,57 @@ def test_a_lost_reply_is_counted_as_paid_and_a_refused_call_is_not(tmp_path):
         server.behave = lambda asked: Reply(status=500)
         assert ask(judge, "What is 1?").exception()
         assert judge.models[0].remote.store.spent_usd == 20
+
+
+NO_COUNTS = ["-1", "-999999999", "1.5", '"7"', "true", "null", "[1]", "1" + "0" * 400]
+
+
+@pytest.mark.parametrize("count", NO_COUNTS)
+def test_a_usage_that_is_no_count_is_not_believed(tmp_path, count):
+    """The most that the call may take is counted, as for a reply that does not tell."""
+    with JudgeServer() as server:
+        models = priced(server, input_usd_per_mtok=1e6, output_usd_per_mtok=1e6, max_tokens=20)
+        judge = Judge(make(server, tmp_path, models=models))
+
+        def behave(asked: Asked) -> Reply:
+            told = b'"usage": {"prompt_tokens": %s, "completion_tokens": 5}}' % usages[len(server.asked) - 1].encode()
+            return Reply(body=packed(numbered(asked), asked).partition(b"\r\n\r\n")[2].split(b'"usage"')[0] + told)
+
+        server.behave = behave
+        usages, taken = ("null", count, "7"), []
+        for number in range(3):
+            assert ask(judge, f"What is {number}?").result() == score_of(number) / 10
+            totals = judge.take().counts
+            taken.append((totals["judge/tokens"], totals["judge/usd"]))
+    assert taken[1] == taken[0]
+    assert taken[0][0] == taken[0][1] > 25
+    assert taken[2] == (12, 12)
+
+
+def test_an_answer_that_cannot_be_kept_is_still_an_answer(tmp_path, caplog):
+    """The disk is full, or the file cannot be written any more."""
+    with JudgeServer() as server, caplog.at_level(logging.WARNING):
+        judge = Judge(make(server, tmp_path / "full"))
+        judge.models[0].remote.store._db.execute("PRAGMA max_page_count = 1")  # as small as it is now
+        server.behave = lambda asked: Reply(verdict(7, "so " * 90))
+        for future in [ask(judge, f"What is {i}?") for i in range(60)]:
+            assert future.result() == 0.7
+        assert judge.take().counts["judge/unanswered"] == 0
+        (warning,) = caplog.messages
+        assert warning.startswith(f"{tmp_path / 'full' / 'answers.sqlite'}: database or disk is full; answers that are")
+
+        caplog.clear()
+        judge = Judge(make(server, tmp_path / "cut", models=priced(server, output_usd_per_mtok=1e6, max_tokens=20)))
+        store = judge.models[0].remote.store
+
+        def behave(asked: Asked) -> Reply:
+            store._db.execute("PRAGMA query_only = 1")
+            return numbered(asked)
+
+        server.behave = behave
+        assert ask(judge, "What is 4?").result() == 0.5
+        assert store.spent_usd == 20  # the most
+        assert len(caplog.messages) == 1
 
 
 def test_a_store_that_is_none(tmp_path):

@@ -7,7 +7,9 @@ import hashlib
 import json
 import logging
 import os
+import re
 import secrets
+import sys
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -43,6 +45,9 @@ mark of this message is """
 
 OVERHEAD_TOKENS = 64
 """What a chat template adds to a prompt, at most."""
+
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class Verdict(BaseModel):
@@ -119,12 +124,17 @@ class Judge:
                 asked.result()
             except CallError as error:
                 kind = RuntimeError if error.again else ValueError
-                raise kind(f"{error}; asked at {model.config.base_url} for model {model.config.model}") from None
+                where = f"asked at {model.config.base_url} for model {model.config.model}"
+                mend = "" if model.heard else f"; start the server, or correct {model.remote.name}.base_url"
+                raise kind(f"{error}; {where}{mend}") from None
 
     def __call__(self, example: Example, rollout: Rollout) -> float | Future[float] | None:
         """A Future of the median score, from 0 to 1; 0.0 if nothing is answered, None if the example has no reference.
 
         The Future raises CallError unless more than half of the models deliver.
+
+        Raises:
+            ValueError: a text cannot be sent (`fenced`).
         """
         if example.answer is None:
             return None
@@ -162,6 +172,8 @@ class JudgeModel:
     def __init__(self, config: JudgeModelConfig, key: str | None, remote: Remote) -> None:
         openai = _openai()
         self.config, self.remote, self._secret, self._openai = config, remote, key, openai
+        self.heard = False
+        """Whether the server has ever replied, if only with a refusal."""
         # retries must pass the limits, and time is kept, by the remote
         self._client = openai.AsyncOpenAI(base_url=config.base_url, api_key=key or "none", max_retries=0, timeout=None)
 
@@ -205,16 +217,14 @@ class JudgeModel:
                 **asked,
             )
         except openai.APIStatusError as error:
-            used.usd = 0.0
+            self.heard, used.usd = True, 0.0
             raise http_error(error.status_code, error.response.headers, self._plain(error.response.text)) from None
-        except (openai.OpenAIError, ValueError) as error:  # the latter: a body that is not JSON
+        except (openai.OpenAIError, ValueError, RecursionError) as error:  # the latter: not JSON, or too deeply nested
             cause = f" ({error.__cause__})" if error.__cause__ else ""
             raise CallError(self._plain(f"{type(error).__name__}: {error}{cause}"), again=True) from None
-        usage = getattr(reply, "usage", None)
-        counts = [getattr(usage, name, None) for name in ("prompt_tokens", "completion_tokens")]
-        known = [count for count in counts if isinstance(count, int)]
-        if len(known) == len(counts):
-            told = self._use(*known)
+        self.heard = True
+        if counts := _told(reply):
+            told = self._use(*counts)
             used.tokens, used.usd = told.tokens, told.usd
         try:
             said = read_reply(reply, partial(hide, secret=self._secret))
@@ -238,7 +248,16 @@ def fenced(texts: dict[str, str], instructions: str = INSTRUCTIONS) -> list[dict
 
     Args:
         instructions: end where the mark is to stand.
+
+    Raises:
+        ValueError: a text holds a lone surrogate, which UTF-8 has no bytes for; nothing is sent in its stead.
     """
+    for name, text in texts.items():
+        if half := _SURROGATE.search(text):
+            raise ValueError(
+                f"{name}: got a lone surrogate, {half[0]!a}, as character {half.start()}, expected text that can be "
+                "sent as UTF-8; correct the row"
+            )
     mark = secrets.token_hex(8)
     while any(mark in text for text in texts.values()):
         mark = secrets.token_hex(8)
@@ -247,6 +266,13 @@ def fenced(texts: dict[str, str], instructions: str = INSTRUCTIONS) -> list[dict
         {"role": "system", "content": instructions + mark},
         {"role": "user", "content": "\n\n".join(parts)},
     ]
+
+
+def _told(reply: Any) -> tuple[int, int] | None:
+    """The tokens of the prompt and of the reply; None, so the most is counted, where they are not two counts."""
+    usage = getattr(reply, "usage", None)
+    counts: Any = getattr(usage, "prompt_tokens", None), getattr(usage, "completion_tokens", None)
+    return counts if all(type(count) is int and 0 <= count <= sys.maxsize for count in counts) else None
 
 
 def read_reply(reply: Any, hide: Callable[[str], str] = str) -> Verdict:
@@ -269,7 +295,7 @@ def read_reply(reply: Any, hide: Callable[[str], str] = str) -> Verdict:
         first = error.errors(include_url=False, include_input=False)[0]
         where = ".".join(map(str, first["loc"]))
         why = f"malformed verdict: {where or 'reply'}: {first['msg']}"
-    except (AttributeError, TypeError, ValueError) as error:
+    except (AttributeError, TypeError, ValueError, RecursionError) as error:
         why = f"malformed reply: {error}"
     raise CallError(f"{why}; it says {hide(said)[:100]!r}" if isinstance(said, str) else why, again=True)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import sqlite3
 import threading
 from collections.abc import Callable, Iterator
@@ -11,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from longrl.rewards.limits import CallError
+
+log = logging.getLogger(__name__)
 
 FILE_NAME = "answers.sqlite"
 
@@ -33,6 +36,7 @@ class Store:
         folder.mkdir(parents=True, exist_ok=True)
         self.path, self.budget_usd = folder / FILE_NAME, budget_usd
         self._lock = threading.Lock()
+        self._warned = False
         try:
             self._db = sqlite3.connect(self.path, timeout=60.0, isolation_level=None, check_same_thread=False)
             # A commit is one write without a sync: a power cut may lose the last answers, never the file.
@@ -48,8 +52,13 @@ class Store:
         return None if row is None else json.loads(row[0])
 
     def put(self, key: str, value: Any) -> None:
-        """value: what JSON can hold, but not None."""
-        self._run("INSERT OR IGNORE INTO answers VALUES (?, ?)", key, json.dumps(value))
+        """Keeps an answer, if it can: one that it cannot is in use all the same, and `_try` warns.
+
+        Args:
+            key: of the question.
+            value: what JSON can hold, but not None.
+        """
+        self._try("INSERT OR IGNORE INTO answers VALUES (?, ?)", key, json.dumps(value))
 
     @property
     def spent_usd(self) -> float:
@@ -77,7 +86,21 @@ class Store:
         try:
             yield
         finally:
-            self._run("UPDATE spent SET usd = MAX(usd + ?, 0.0)", used_usd() - most_usd)
+            self._try("UPDATE spent SET usd = MAX(usd + ?, 0.0)", used_usd() - most_usd)
+
+    def _try(self, statement: str, *values: Any) -> None:
+        """After a call, which has been paid: a full disk is to cost no answer, only a warning, once."""
+        try:
+            self._run(statement, *values)
+        except sqlite3.Error as error:
+            if not self._warned:
+                log.warning(
+                    "%s: %s; answers that are not kept are paid again, and calls count with the most they may cost; "
+                    "make room (said once)",
+                    self.path,
+                    error,
+                )
+            self._warned = True
 
     def _run(self, statement: str, *values: Any) -> sqlite3.Cursor:
         with self._lock:
