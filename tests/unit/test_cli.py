@@ -12,7 +12,9 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from longrl.errors import run_guarded
 from longrl.stopping import Stopped
@@ -221,6 +223,7 @@ def test_check_of_several_processes(longrl, base, tmp_path, monkeypatch):
     sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4}
     sizes |= {"intermediate_size": 96, "vocab_size": 100, "model_type": "qwen2"}
     (tmp_path / "model" / "config.json").write_text(json.dumps(sizes))
+    save_file({"a": np.zeros(1)}, tmp_path / "model" / "model.safetensors")
     wrong = longrl("check", base, "parallel.sp=12", "parallel.ring=2", "model.path=model").stderr
     assert "4 KV heads cannot be dealt to 6 sequence-parallel ranks (12 in rings of 2)" in wrong
     assert longrl("check", base, "parallel.sp=6", "parallel.ring=3", "model.path=model").returncode == 0

@@ -217,7 +217,7 @@ from longrl.data.synthetic.dataset import build_dataset
 build_dataset(SyntheticConfig(dir=sys.argv[1], train_videos=30, test_videos=1, seconds=1000, width=64, height=64))
 """
     errors = run_and_interrupt(script, tmp_path, when)
-    assert errors.count("Traceback") == 1  # the caller's own; workers say nothing
+    assert 1 <= errors.count("Traceback") <= 2  # the caller's own; of the workers at most one that is just starting
     written = list((tmp_path / "videos").iterdir())
     assert len(written) < 31
     assert not list(tmp_path.glob("*.jsonl"))

@@ -109,10 +109,10 @@ def _load_plain(where: str, dtype_name: str, seed: int) -> Family:
     else:
         path = Path(where)
         try:
-            model_type = str(_config(path)["model_type"])
+            model_type = _config(path)["model_type"]
         except ValueError as error:
             raise ValueError(f"model.path {error}") from error
-    if model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise ValueError(f"model.path {where}: {_unknown(model_type)}")
     module, name = FAMILIES[model_type].split(":")
     family = getattr(importlib.import_module(module), name)
@@ -131,7 +131,7 @@ def _config(path: Path) -> dict[str, Any]:
     return config
 
 
-def _unknown(model_type: str) -> str:
+def _unknown(model_type: Any) -> str:
     return f"no family for model_type {model_type!r}; known: {', '.join(FAMILIES)}"
 
 
@@ -142,8 +142,9 @@ def require_folder(path: Path) -> None:
         ValueError: no family handles its model_type, or its weights are not all there.
     """
     config = _config(path)
-    if str(config["model_type"]) not in FAMILIES:
-        raise ValueError(f"{path}: {_unknown(str(config['model_type']))}")
+    model_type = config["model_type"]
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
+        raise ValueError(f"{path}: {_unknown(model_type)}")
     for folder in [path / part for part in PARTS] if "llm_cfg" in config else [path]:
         require_weights(folder)
 
