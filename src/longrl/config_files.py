@@ -73,8 +73,13 @@ def load_config(paths: Sequence[Path], overrides: Sequence[str] = ()) -> AnyConf
     for path in paths:
         _merge(merged, _read(Path(path), origins), _WHOLE)
     for override in overrides:
-        _merge(merged, *_read_override(override, origins))
-    if isinstance(rewards := merged.get("rewards"), dict):
+        update, whole = _read_override(override, origins)
+        gone = {name for name, weight in _rewards(update).items() if weight is None} - _rewards(merged).keys()
+        if gone:
+            there = ", ".join(_rewards(merged)) or "none"
+            raise ValueError(f"override {override!r}: there is no such reward to remove; those that are set: {there}")
+        _merge(merged, update, whole)
+    if rewards := _rewards(merged):
         merged["rewards"] = {name: weight for name, weight in rewards.items() if weight is not None}
     sources = ", ".join(map(str, paths)) or "the configuration"
     kind = merged.get("kind")
@@ -164,6 +169,11 @@ def _read(path: Path, origins: Origins) -> dict[str, Any]:
     if not isinstance(tree, dict):
         raise ValueError(f"{path}: got {_show(tree)}, expected a mapping (`key: value` lines)")
     return tree
+
+
+def _rewards(tree: dict[str, Any]) -> dict[str, Any]:
+    rewards = tree.get("rewards")
+    return rewards if isinstance(rewards, dict) else {}
 
 
 def _read_override(override: str, origins: Origins) -> tuple[dict[str, Any], Collection[str]]:

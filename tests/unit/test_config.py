@@ -61,6 +61,8 @@ def test_rewards_are_chosen_as_a_whole_or_one_by_one(base, tmp_path):
     assert load_config([base, first], ["rewards={answer: 0.9}"]).rewards == {"answer": 0.9}
     changed = load_config([base, first], ["rewards.answer=1", "rewards.format=null", "rewards.my.py:brevity=0.2"])
     assert changed.rewards == {"answer": 1.0, "my.py:brevity": 0.2}
+    words = "there is no such reward to remove; those that are set: answer"
+    assert message([base, second], "rewards.anser=null") == f"override 'rewards.anser=null': {words}"
     assert load_config([base, second], ["rewards.my_rewards.py:short=0"]).rewards == {
         "answer": 0.9,
         "my_rewards.py:short": 0.0,
