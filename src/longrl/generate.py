@@ -26,8 +26,8 @@ def generate_command(
     as_json: bool,
     about: dict[str, Any],
 ) -> None:
-    """Prints sampled responses; with as_json one object with text, thought and answer of each, with stream a single
-    response while it is written.
+    """Prints sampled responses; with as_json one object with text, thought, answer and finish_reason of each, with
+    stream a single response while it is written.
 
     Args:
         sampling: fields of RolloutConfig.
@@ -41,7 +41,9 @@ def generate_command(
     said = (lambda _, text: typer.echo(text, nl=False)) if stream else None
     replies = loaded.generate_contents([*clips, prompt], n=n, think=think, seed=seed, on_text=said, **sampling)
     if as_json:
-        shown = [{"text": one.text, "thought": one.thought, "answer": one.answer} for one in replies]
+        shown = [asdict(one) for one in replies]
+        for one in shown:
+            del one["prompt_tokens"]  # the same of all
         typer.echo(json.dumps({"prompt_tokens": replies[0].prompt_tokens, "responses": shown}))
     elif stream:
         typer.echo()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -100,7 +101,7 @@ class Model:
 
         Raises:
             MediaError: A file cannot be used.
-            ValueError: The model does not take such media, or there is no text.
+            ValueError: The model does not take such media, there is no text, or a text is the name of a file.
         """
         config = build_section(RolloutConfig, {"max_new_tokens": 512, **sampling, "group_size": n}, "generate_contents")
         prompt = self._prompt(parts, think)
@@ -140,6 +141,11 @@ class Model:
         for part in content:
             if not isinstance(part, str | Clip):
                 raise ValueError(f"parts: got {part!r:.80}, expected text, Video, Image or Audio, or a list of those")
+            if isinstance(part, str) and _names_a_file(part):
+                raise ValueError(
+                    f"parts: the text {part!r:.80} is the name of a file; to show it write longrl.Video({part!r:.80}), "
+                    "Image or Audio"
+                )
         if not any(isinstance(part, str) and part.strip() for part in content):
             raise ValueError("the prompt is empty; write the question")
         if think:
@@ -164,6 +170,13 @@ class Model:
             self._kept = key, self.policy.trunk("prefix", prompt, end, self.policy.version)
             self.prefilled += end
         return self._kept[1]
+
+
+def _names_a_file(text: str) -> bool:
+    try:
+        return Path(text).is_file()
+    except (OSError, ValueError):  # longer than a name can be; a zero in it
+        return False
 
 
 class _Pieces:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Generic, NoReturn, TypeVar
@@ -13,6 +14,7 @@ from longrl.report.metrics import Metrics
 from longrl.report.progress import Progress
 from longrl.stopping import Stopped, asked
 
+log = logging.getLogger(__name__)
 C = TypeVar("C", bound=TrainConfig | FlowConfig)
 
 
@@ -33,6 +35,8 @@ class Loop(ABC, Generic[C]):
         return Metrics(run_dir, self.config.runtime.tensorboard, self.done + 1)
 
     def progress(self, title: str) -> Progress:
+        if self.done == self.config.steps and self.ranks.is_main:
+            log.info("%s: all %d steps are done already, in %s", title, self.done, self.run_dir)
         return Progress(title, self.config.steps, shown=self.ranks.is_main)
 
     def is_due(self, step: int, every: int) -> bool:

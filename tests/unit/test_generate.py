@@ -59,7 +59,8 @@ def test_several_answers_as_json(generate):
     status, out, err = generate("--n", 3, "--json", "--max-new-tokens", 8)
     assert (status, err) == (0, "")
     said = json.loads(out)
-    assert [set(one) for one in said["responses"]] == [{"text", "thought", "answer"}] * 3
+    assert [set(one) for one in said["responses"]] == [{"text", "thought", "answer", "finish_reason"}] * 3
+    assert {one["finish_reason"] for one in said["responses"]} <= {"stop", "length"}
     assert len({one["text"] for one in said["responses"]}) == 3
     _, text, _ = generate("--n", 3, "--max-new-tokens", 8)
     assert text == "".join(one["text"] + "\n" for one in said["responses"])
@@ -144,6 +145,8 @@ def test_wrong_arguments_are_one_line(world):
     for parts, shown in ((["what?", 3], "3"), ({"text": "what?"}, "{'text'"), (["x", None], "None")):
         with pytest.raises(ValueError, match=rf"^parts: got {shown}.*, expected text, Video, Image or Audio"):
             model.generate_content(parts)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match=rf"^parts: the text {str(world[0])!r} is the name of a file; .*Video\("):
+        model.generate_content([str(world[0]), "what?"])
     with pytest.raises(ValueError, match="response: got 5, expected the text"):
         model.score("what?", 5)  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match=r"gone\.png: cannot read the file: No such file"):

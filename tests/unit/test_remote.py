@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import socket
+import sqlite3
+import threading
 import time
 from collections import Counter
 from concurrent.futures import wait
@@ -304,6 +306,17 @@ def test_a_store_that_is_none(tmp_path):
     (tmp_path / "answers.sqlite").write_text("not a database, but long enough to be looked at" * 30)
     with pytest.raises(RuntimeError, match=r"answers.sqlite: file is not a database; give another folder, or delete"):
         Judge(make("http://127.0.0.1:1/v1", tmp_path))
+
+
+def test_a_store_waits_for_who_makes_it(tmp_path):
+    """SQLite itself does not, as ranks that begin together found."""
+    other = sqlite3.connect(tmp_path / "answers.sqlite", isolation_level=None, check_same_thread=False)
+    other.execute("CREATE TABLE something (x)")
+    other.execute("BEGIN IMMEDIATE")
+    release = threading.Timer(0.5, lambda: other.execute("COMMIT"))
+    release.start()
+    assert Store(tmp_path).spent_usd == 0
+    release.join()
 
 
 def test_another_service_is_called_in_the_same_way(tmp_path):

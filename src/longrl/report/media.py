@@ -29,7 +29,7 @@ from longrl.runtime import CONFIG_NAME
 
 MOST_SAMPLES = 8
 """Of a prompt, side by side."""
-MIN_SIDE_PX = 128
+MIN_SIDE_PX = 192
 """Smaller pictures are shown enlarged, by a whole factor."""
 GAP_PX = 4
 """White between samples; even, as H.264 wants it."""
@@ -216,7 +216,9 @@ def _embedded(stem: Path) -> str:
             data = f"data:{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"
             if suffix == ".png":
                 return f'<img alt="samples" src="{data}">'
-            return f'<video controls loop muted autoplay playsinline src="{data}"></video>'
+            # The player's own bar would hide half of a small picture.
+            pause = 'onclick="this.paused ? this.play() : this.pause()" title="click to pause"'
+            return f'<video loop muted autoplay playsinline {pause} src="{data}"></video>'
     return '<p class="missing">Nothing to show: no samples were saved.</p>'
 
 

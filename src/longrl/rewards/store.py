@@ -6,6 +6,7 @@ import json
 import logging
 import sqlite3
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +18,8 @@ log = logging.getLogger(__name__)
 
 FILE_NAME = "answers.sqlite"
 
+_PATIENCE_S = 60.0
+"""How long a process waits while others have the file."""
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS spent (id INTEGER PRIMARY KEY CHECK (id = 0), usd REAL NOT NULL);
@@ -38,11 +41,7 @@ class Store:
         self._lock = threading.Lock()
         self._warned = False
         try:
-            self._db = sqlite3.connect(self.path, timeout=60.0, isolation_level=None, check_same_thread=False)
-            # A commit is one write without a sync: a power cut may lose the last answers, never the file.
-            self._db.execute("PRAGMA journal_mode = WAL")
-            self._db.execute("PRAGMA synchronous = NORMAL")
-            self._db.executescript(_SCHEMA)
+            self._db = self._open()
         except sqlite3.Error as error:
             raise RuntimeError(f"{self.path}: {error}; give another folder, or delete the file") from error
 
@@ -87,6 +86,23 @@ class Store:
             yield
         finally:
             self._try("UPDATE spent SET usd = MAX(usd + ?, 0.0)", used_usd() - most_usd)
+
+    def _open(self) -> sqlite3.Connection:
+        db = sqlite3.connect(self.path, timeout=_PATIENCE_S, isolation_level=None, check_same_thread=False)
+        until = time.monotonic() + _PATIENCE_S
+        while True:
+            try:
+                # A commit is one write without a sync: a power cut may lose the last answers, never the file.
+                db.execute("PRAGMA journal_mode = WAL")
+                db.execute("PRAGMA synchronous = NORMAL")
+                db.executescript(_SCHEMA)
+            except sqlite3.OperationalError as error:
+                # SQLite does not wait for others to change the journal's mode, as ranks that begin together do.
+                if error.sqlite_errorcode != sqlite3.SQLITE_BUSY or time.monotonic() > until:
+                    raise
+                time.sleep(0.01)
+            else:
+                return db
 
     def _try(self, statement: str, *values: Any) -> None:
         """After a call, which has been paid: a full disk is to cost no answer, only a warning, once."""
