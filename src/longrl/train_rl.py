@@ -90,7 +90,8 @@ def train_rl(config: RlConfig, ranks: Ranks = ALONE) -> Path:
                         result = evaluate(
                             policy, held_out, config, eval_skips, rewards, stage=f"step {step}", ranks=ranks
                         )
-                    for name, value in ({"accuracy": result.overall.accuracy} | result.asked).items():
+                    found = {"accuracy": result.overall.accuracy, "unscored": result.unscored}
+                    for name, value in (found | result.asked).items():
                         metrics.log(f"eval/{name}", value)
             progress.update(metrics.last)
             training.save_if_due(step)

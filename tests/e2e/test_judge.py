@@ -16,7 +16,7 @@ import pytest
 from longrl.config import EvalRunConfig, RlConfig
 from longrl.config_files import load_config
 from longrl.evals import runner
-from longrl.evals.runner import run_eval
+from longrl.evals.runner import Accuracy, EvalResult, run_eval
 from longrl.report.metrics import read_metrics
 from longrl.rollout import engine as engine_module
 from longrl.rollout.native import NativeEngine
@@ -25,7 +25,7 @@ from longrl.train_rl import train_rl
 from longrl.training import Training
 from longrl.types import Prefix, Prompt, Rollout
 from tests.e2e.conftest import rl_config
-from tests.judge_server import Asked, JudgeServer, Reply, verdict
+from tests.judge_server import Asked, JudgeServer, Reply, numbered, verdict
 
 SECRET = "sk-live-fedcba9876543210"
 
@@ -117,27 +117,48 @@ def test_a_judged_run_learns_its_costs_and_keeps_its_key(dataset, tmp_path, monk
     assert [path for path in files if SECRET.encode() in path.read_bytes()] == []
 
 
-def test_accuracy_asks_at_once_and_is_counted(tmp_path, monkeypatch):
-    """Where no reward of the run does: 4 questions, 2 answers each."""
-    monkeypatch.setattr(runner, "NativeEngine", Answering)
-    monkeypatch.setenv("A_KEY", SECRET)
+def evaluated(server: JudgeServer, tmp_path: Path) -> EvalResult:
+    """4 questions, 2 answers each; only accuracy asks the judge, which scores by the question's number."""
     rows = [{"id": i, "question": f"What is {i}?", "answer": "2"} for i in range(4)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = {
+        "run_dir": str(tmp_path / "run"),
+        "model": {"path": "tiny:qwen2"},
+        "data": {"eval": str(tmp_path / "rows.jsonl")},
+        "rollout": {"max_new_tokens": 1},
+        "eval": {"samples": 2, "temperature": 2.0},
+        "scoring": {"by_kind": {"open": "judge"}},
+        **judged(server, tmp_path),
+        "rewards": {"format": 1.0},
+    }
+    return run_eval(EvalRunConfig.model_validate(settings))
+
+
+def test_accuracy_asks_at_once_and_is_counted(tmp_path, monkeypatch):
+    monkeypatch.setattr(runner, "NativeEngine", Answering)
+    monkeypatch.setenv("A_KEY", SECRET)
     with JudgeServer(delay_s=1.0) as server:
-        settings = {
-            "run_dir": str(tmp_path / "run"),
-            "model": {"path": "tiny:qwen2"},
-            "data": {"eval": str(tmp_path / "rows.jsonl")},
-            "rollout": {"max_new_tokens": 1},
-            "eval": {"samples": 2, "temperature": 2.0},
-            "scoring": {"by_kind": {"open": "judge"}},
-            **judged(server, tmp_path),
-            "rewards": {"format": 1.0},
-        }
-        result = run_eval(EvalRunConfig.model_validate(settings))
+        result = evaluated(server, tmp_path)
         assert result.asked["judge/requests"] == len(server.asked) > 4  # one at the start
         assert server.most_at_once == len(server.asked) - 1
-        assert result.overall.accuracy == pytest.approx(0.25)
+    assert result.overall == Accuracy(accuracy=pytest.approx(0.25), num_questions=4)
+    assert result.unscored == 0
+
+
+@pytest.mark.parametrize(("refused", "accuracy"), [("3", 0.2), ("0123", None)])
+def test_what_the_judge_cannot_score_counts_neither_way(tmp_path, monkeypatch, caplog, refused, accuracy):
+    def judge(asked: Asked) -> Reply:
+        return Reply(status=400, body=b"{}") if asked.texts["QUESTION"][-2] in refused else numbered(asked)
+
+    monkeypatch.setattr(runner, "NativeEngine", Answering)
+    monkeypatch.setenv("A_KEY", SECRET)
+    with JudgeServer(judge) as server:
+        result = evaluated(server, tmp_path)
+    count = 4 - len(refused)
+    assert result.overall == Accuracy(accuracy=accuracy and pytest.approx(accuracy), num_questions=count)
+    assert result.unscored == 2 * len(refused)
+    assert json.loads((tmp_path / "run" / "eval.json").read_text())["unscored"] == result.unscored
+    assert f"{result.unscored} responses could not be judged" in caplog.text
 
 
 @pytest.mark.parametrize(

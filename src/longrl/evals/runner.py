@@ -37,8 +37,10 @@ logger = logging.getLogger(__name__)
 class Accuracy:
     """A mean over questions of the mean over samples: of right answers, or of what near ones score."""
 
-    accuracy: float
+    accuracy: float | None
+    """None: of no question."""
     num_questions: int
+    """With a score."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,6 +57,8 @@ class EvalResult:
     """What judging took: calls, tokens, money, seconds a call."""
     skipped: dict[str, str]
     """Questions whose media could not be used -> why. All their samples count as wrong."""
+    unscored: int
+    """Responses that could not be judged, which count neither way: a judge that is away makes nothing wrong."""
     examples: list[dict[str, Any]]
     """For the report: id, category, kind, video, question, answer, responses with their scores (null: unscored)."""
 
@@ -68,6 +72,7 @@ class EvalResult:
             "mean_response_tokens": self.mean_response_tokens,
             "asked": self.asked,
             "skipped": self.skipped,
+            "unscored": self.unscored,
             "by_category": {name: asdict(value) for name, value in self.by_category.items()},
             "by_kind": {name: asdict(value) for name, value in self.by_kind.items()},
             "examples": self.examples,
@@ -101,8 +106,13 @@ def run_eval(config: EvalRunConfig, ranks: Ranks = ALONE) -> EvalResult:
 def _write(result: EvalResult, run_dir: Path) -> None:
     result.write(run_dir / "eval.json")
     for name, value in {"all": result.overall, **result.by_kind, **result.by_category}.items():
-        error = standard_error(value.accuracy, max(value.num_questions, 1))
+        if value.accuracy is None:
+            logger.info("%-12s not known: no question has a score", name)
+            continue
+        error = standard_error(value.accuracy, value.num_questions)
         logger.info("%-12s %.3f +- %.3f  (%d questions)", name, value.accuracy, error, value.num_questions)
+    if result.unscored:
+        logger.warning("%d responses could not be judged; they count neither way", result.unscored)
     logger.info("%s has all answers; +- is one standard error, questions counted", run_dir / "eval.json")
 
 
@@ -209,11 +219,12 @@ def _result(
     samples: int,
     skips: Skips,
 ) -> EvalResult:
-    right = {e.id: [one.rewards["answer"] or 0.0 for one in found.get(e.id, [])] for e in examples}
+    given = {id: [one.rewards["answer"] for one in scored] for id, scored in found.items()}
+    known = {e.id: [score for score in given.get(e.id, [0.0]) if score is not None] for e in examples}
 
     def accuracy(where: Callable[[Example], bool]) -> Accuracy:
-        picked = [sum(right[e.id]) / samples for e in examples if where(e)]
-        return Accuracy(accuracy=sum(picked) / max(len(picked), 1), num_questions=len(picked))
+        picked = [sum(scores) / len(scores) for e in examples if where(e) and (scores := known[e.id])]
+        return Accuracy(accuracy=sum(picked) / len(picked) if picked else None, num_questions=len(picked))
 
     tokens = [len(one.rollout.token_ids) for scored in found.values() for one in scored]
     return EvalResult(
@@ -224,6 +235,7 @@ def _result(
         samples_per_question=samples,
         mean_response_tokens=sum(tokens) / max(len(tokens), 1),
         asked=asked,
+        unscored=sum(scores.count(None) for scores in given.values()),
         skipped={e.id: skips.names[e.id] for e in examples if e.id not in found},
         examples=[_describe(e, found.get(e.id, [])) for e in examples],
     )
