@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from string import ascii_uppercase
 
 from longrl.rewards.answer import after_answer, final_answer, normalise, parse_letter, plain
+from longrl.rewards.denial import DOUBT, SET_ASIDE, TAKEN_BACK
 from longrl.types import Example, Rollout
 
 _STRUCK = re.compile(
@@ -87,25 +88,18 @@ _MENTIONED = re.compile(
     r"|(?<!\w)(a)(?=\s*(?:[/&|;,]|(?:or|and)\s+\(?[B-Zb-h]\b|[.!)]*\s*$))"
     r"|^\W*(a)(?=\s+(?:or\b|and\b|[A-Z]))"
 )
-_DOUBT = (
-    r"\b(?:maybe|perhaps|possibl[ey]|probabl[ey]|presumably|apparently|likely|unsure|uncertain|unclear|guess\w*|random\w*"
-    r"|tentativ\w*|preliminary|provisional\w*|confidence|50/50|least|worst"
-    r"|(?:not|n't) (?:\w+ )?(?:sure|certain|confident|clear)|(?:don'?t|do not) know"
-    r"|can(?:no|')?t (?:tell|determine|say|decide|be)|(?:might|could|may) (?:\w+ )?be"
-    r"|either|alternatively|equally|depends|tie[ds]?|torn)\b"
-)
+_DOUBT = rf"{DOUBT}|\b(?:random\w*|confidence|least|worst|equally|tie[ds]?)\b"
 _AFTER = re.compile(
-    rf"\?|{_DOUBT}|\b(?:wait|nope|sorry|oops|hmm+|scratch that|never ?mind|second thoughts?|correction|kidding"
-    r"|i mean|mistake\w*|reconsider\w*|change my|on the other hand|unless|otherwise|both|same for|all of them|any of)\b"
-    r"|\bno,|\bactually,? (?:no|not|it|the|that)\b"
+    rf"\?|{_DOUBT}|{TAKEN_BACK}|\b(?:both|same for|all of them|any of)\b|\bno,"
     r"|\b(?:it|this|that|which|answer)(?: is|'s| was) (?:wrong|incorrect|false|not)\b"
-    r"|\b(?:is|was)(?:n't| not) (?:right|correct|true|the answer)\b|\b(?:opposite|joke|lie|lying|pretend\w*)\b"
+    r"|\b(?:is|was)(?:n't| not) (?:right|correct|true|the answer)\b"
     r"|\b(?:assuming|supposing|provided that|whatever|among others|etc|said (?:no one|nobody))\b",
     re.I,
 )
 _AFTER_AT_ONCE = re.compile(
-    r"(?:or|and|nor|vs|versus|plus|if|no(?! one)|not|wrong|incorrect|false|never|neither|none(?! of)|is|isn't|was"
-    r"|wasn't|can't|cannot|but|minus|except|through|to|x|true)\b",
+    rf"{SET_ASIDE}"
+    r"|(?:or|and|nor|vs|versus|plus|if|no(?! one)|not|wrong|incorrect|false|never|neither|none(?! of)|is|isn't"
+    r"|was|wasn't|can't|cannot|but|minus|except|through|to|x|true)\b",
     re.I,
 )
 _BEFORE = re.compile(
@@ -117,7 +111,8 @@ _BEFORE = re.compile(
     re.I,
 )
 _NEGATED = re.compile(
-    r"\b(?:not|never|no|neither|nor|wrong|incorrect|false|hardly|cannot|except|but|avoid|refuse|mistake\w*|error|foolish|absurd|silly|disagree\w*|den(?:y|ies)|doubt\w*|\w+n't)\b",
+    rf"{SET_ASIDE}|\b(?:not|never|no|neither|nor|wrong|incorrect|false|hardly|cannot|except|but|avoid|refuse|mistake\w*"
+    r"|error|foolish|absurd|silly|disagree\w*|den(?:y|ies)|doubt\w*|\w+n't)\b",
     re.I,
 )
 # A statement that is somebody else's: "The sign says: ...", "the teacher's answer is".
@@ -127,6 +122,8 @@ _REPORTED = re.compile(
     r"|(?<!\bit)(?<!\bthat)(?<!\bhere)(?<!\bwhat)(?<!\blet)'s\s*$",
     re.I,
 )
+_ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth")
+_BY_ORDINAL = re.compile(rf"\b({'|'.join(_ORDINALS)}|last|former|latter|other)\s+(?:one|option|choice)\b", re.I)
 _OPTION = re.compile(r"^\s*\(?([A-Z])[).:]\s*(\S.*?)\s*$", re.M)
 
 
@@ -253,13 +250,19 @@ def _ends(tail: str, letter: str, options: Mapping[str, str]) -> bool:
     tail = tail[own.end() :] if own else tail
     if own and (more := _MORE.match(tail)) and _is_other_option(tail[more.end() :], letter, options):
         return False
-    return not _others(tail, letter, options) and not _AFTER.search(tail)
+    return not (_others(tail, letter, options) or _AFTER.search(tail) or _is_another(tail, letter, options))
 
 
 def _others(text: str, letter: str, options: Mapping[str, str]) -> bool:
     """Whether `text` mentions another option."""
     found = _mentioned(text)
     return bool(found & set(options) - {letter} if options else found - {letter})
+
+
+def _is_another(text: str, letter: str, options: Mapping[str, str]) -> bool:
+    """Whether `text` calls the answer by another place among the options: "B. It is the last one."."""
+    places = dict(zip(_ORDINALS, ascii_uppercase, strict=False)) | {"last": max(options, default="")}
+    return any(places.get(word.casefold()) != letter for word in _BY_ORDINAL.findall(text))
 
 
 def _mentioned(text: str) -> set[str]:

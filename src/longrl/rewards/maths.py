@@ -6,6 +6,7 @@ import importlib.util
 import re
 
 from longrl.rewards.answer import final_answer
+from longrl.rewards.denial import is_denied, is_taken_back
 from longrl.rewards.quantity import parse_number
 from longrl.types import Example, Rollout
 
@@ -14,7 +15,8 @@ _BOXED = re.compile(r"\\boxed\s*(\{.*?\}+)")
 _DOLLARS = re.compile(r"\$+([^$]+)\$+")
 _CUE = re.compile(r"\banswer(?: is|:| is:)", re.I)
 _PROSE = re.compile(r"(?<!\\)\b[a-z]{4,}", re.I)
-_DOUBT = re.compile(r"\?|\\neq?\b|\u2260|\b(?:or|not|maybe|perhaps|probably|either|\w+n't)\b", re.I)
+_OTHERS = re.compile(r"\?|\\neq?\b|\u2260|\b(?:or|not|\w+n't)\b", re.I)
+_SENTENCES = re.compile(r"\n|[.!;]\s+\S")
 
 
 def math_reward(example: Example, rollout: Rollout) -> float | None:
@@ -34,7 +36,7 @@ def math_reward(example: Example, rollout: Rollout) -> float | None:
     if not truth:
         raise ValueError(f"example {example.id}: the truth is not a mathematical expression, got {example.answer!r}")
     said = final_answer(rollout)
-    if said is None or (_DOUBT.search(said) and not _DOUBT.search(example.answer)):
+    if said is None or (_is_unsure(said) and not _is_unsure(example.answer)):
         return 0.0
     said = _CUE.split(said)[-1]
     if not _is_one(said):
@@ -54,13 +56,18 @@ def require_math_verify() -> None:
         raise ValueError("the reward math needs math-verify, which is not installed: pip install 'longrl[math]'")
 
 
+def _is_unsure(text: str) -> bool:
+    """Whether it names alternatives, or denies or takes back what it says."""
+    return bool(_OTHERS.search(text)) or is_denied(text) or is_taken_back(text)
+
+
 def _is_one(said: str) -> bool:
     """Whether there is one expression to compare: math-verify would take the last of several."""
     if "\\boxed" in said:
         return len(set(_BOXED.findall(said))) == 1
     if marked := _DOLLARS.findall(said):
         return len(set(marked)) == 1
-    return parse_number(said) is not None if _PROSE.search(said) else "\n" not in said.strip()
+    return parse_number(said) is not None if _PROSE.search(said) else not _SENTENCES.search(said.strip())
 
 
 def _delimited(text: str) -> str:

@@ -6,6 +6,7 @@ import re
 from fractions import Fraction
 
 from longrl.rewards.answer import final_answer, plain
+from longrl.rewards.denial import is_denied, is_taken_back
 from longrl.types import Example, Rollout
 
 _DIGITS = r"(?:\d{1,3}(?:,\d{3})+|\d{1,40})(?:\.\d{1,40})?|\.\d{1,40}"
@@ -17,19 +18,24 @@ _NUMBERS = re.compile(_NUMBER)
 _STATED = re.compile(
     rf"(?:\banswer\s*(?:is|:|=)|=)\s*(?:(?:about|approximately|around|is|\u2248|:)\s*)?({_NUMBER})", re.I
 )
-# Bounds and denials hold numbers that are no answer.
+# Bounds, alternatives and suppositions hold numbers that are no answer.
 _NOT_IT = re.compile(
-    r"\?|[<>\u2264\u2265\u2260]|\b(?:not|or|(?:more|less|fewer|other) than|at (?:least|most)|\w+n't)\b", re.I
+    r"\?|[<>\u2264\u2265\u2260]|\b(?:not|or|is no|(?:more|less|fewer|other) than|at (?:least|most)|\w+n't)\b"
+    r"|\b(?:if|suppos\w+|assum\w+|imagine)\b"
+    r"|\b(?:no|almost|nearly|under|over|below|above|beyond|up to|as (?:many|few|much) as|after|before)\s+\d",
+    re.I,
 )
 _TIME = re.compile(r"(?<![\w.:])(?:\d{1,9}(?::[0-5]?\d){1,2}|\d{1,9})(?:\.\d{1,9})?(?![\d:]|\.\d)")
 _BEFORE_ZERO = re.compile(r"(?:^|[\[(,]|\bto|\bfrom)\s*[-\u2212]\s*\d")
-# Numbers that are a part of another one: "5 thousand", "5k", "minus 5", "- 5", "5+", "0x10".
+# Numbers that are a part of another one: "5 thousand", "5k", "minus 5", "- 5", "5+", "0x10", "5th", "twice 5".
 _PART = re.compile(
-    r"\b(?:minus|negative|hundreds?|thousands?|[mbt]r?illions?|dozens?|squared|cubed|maybe|perhaps|probably|guess)\b"
-    r"|\d\s?(?-i:[kKM]|bn)\b|\b0[xX]|^[-\u2212]\s|\d\+(?!\s*\d)",
+    r"\b(?:minus|negative|hundreds?|thousands?|[mbt]r?illions?|dozens?|squared|cubed|factorial|twice|double|triple|half)\b"
+    r"|\d\s?(?-i:[kKM]|bn)\b|\d(?:th|st|nd|rd|[ixy])\b|\b0[xX]|^[-\u2212]\s|\d\+(?!\s*\d)",
     re.I,
 )
 # Sums that are not done, as written: `plain` would make 23 of 2*3 and 52 of 5\u00b2.
+# After an answer, what it comes from: "5, since 2 + 3 is that".
+_BECAUSE = re.compile(r"\((?!\s*[-+]?[\d.,]+\s*\))|\b(?:because|since|as|given|where|from)\b", re.I)
 _UNDONE = re.compile(r"\d\s*[*\u00d7\u00f7^]\s*\d|[\u00b2\u00b3\u00b9\u2070-\u207f\u221a]|\b(?:sqrt|log|ln|exp)\b")
 
 
@@ -94,22 +100,25 @@ def grounding_reward(example: Example, rollout: Rollout) -> float | None:
 def parse_number(text: str) -> Fraction | None:
     """The one number that `text` states: "1,000", "-3.5", "1/2", "$5", "12 people", "2 + 3 = 5", "The answer is 5.".
 
-    None: no number, several ("5 or 6", "3-4", "10:30"), a bound ("more than 5"), a denial ("not 5"), or a part of a
-    number or sum ("5 thousand", "2*3").
+    None: no number, several ("5 or 6", "3-4", "10:30", "The answer is 5. It is 7."), a bound ("more than 5"), a denial
+    ("not 5", "5 is wrong"), a doubt ("5, I guess"), or a part of a number or sum ("5 thousand", "2*3").
     """
     undone, text = _UNDONE.search(text), plain(text).replace("\u2212", "-")
-    if _NOT_IT.search(text) or _PART.search(text):
+    if _NOT_IT.search(text) or _PART.search(text) or is_denied(text):
         return None
-    stated = _STATED.findall(text)
-    found = {_fraction(number) for number in stated or (() if undone else _NUMBERS.findall(text))}
-    return found.pop() if len(found) == 1 else None
+    stated = [(match[1], match.end()) for match in _STATED.finditer(text)]
+    if not stated and not undone:
+        stated = [(match[0], match.end()) for match in _NUMBERS.finditer(text)]
+    found, after = {_fraction(number) for number, _ in stated}, text[stated[-1][1] :] if stated else ""
+    said_then = {_fraction(number) for number in _NUMBERS.findall(_BECAUSE.split(after)[0])}
+    return found.pop() if len(found) == 1 and said_then <= found and not is_taken_back(after) else None
 
 
 def parse_span(text: str) -> tuple[float, float] | None:
     """(start_s, end_s) of "12.5 to 20", "[12.5, 20]", "00:12 - 00:20.5"; None unless two times, the later one last."""
     text = plain(text)
     times = [_seconds(time) for time in _TIME.findall(text)]
-    sure = not (_NOT_IT.search(text) or _BEFORE_ZERO.search(text))
+    sure = not (_NOT_IT.search(text) or _BEFORE_ZERO.search(text) or is_denied(text) or is_taken_back(text))
     return (times[0], times[1]) if len(times) == 2 and times[0] < times[1] and sure else None
 
 
