@@ -311,16 +311,16 @@ def test_samples_are_pictures_and_playable_videos(tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (3, 5, 16, 32, 3)).astype(np.uint8)
     path = save_samples(tmp_path / "a" / "one", media(pixels[:, :1]))
     image = Image.open(path)
-    assert image.size == (3 * 32 * 8 + 2 * GAP_PX, 16 * 8)
-    assert image.getpixel((32 * 8 + 1, 0)) == (255, 255, 255)
-    assert image.getpixel((32 * 8 + GAP_PX, 0)) == tuple(pixels[1, 0, 0, 0])
+    assert image.size == (3 * 32 * 12 + 2 * GAP_PX, 16 * 12)
+    assert image.getpixel((32 * 12 + 1, 0)) == (255, 255, 255)
+    assert image.getpixel((32 * 12 + GAP_PX, 0)) == tuple(pixels[1, 0, 0, 0])
     path = save_samples(tmp_path / "a" / "two", media(flat((200, 30, 30), (30, 200, 30), frames=5, side=16), fps=4.0))
     with av.open(str(path)) as container:
         stream = container.streams.video[0]
         frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
         assert (stream.codec_context.name, stream.average_rate, len(frames)) == ("h264", 4, 5)
     assert abs(frames[4][40, 40].astype(int) - [200, 30, 30]).max() < 12
-    assert abs(frames[4][40, 140].astype(int) - [30, 200, 30]).max() < 12
+    assert abs(frames[4][40, 240].astype(int) - [30, 200, 30]).max() < 12
 
 
 def test_gain_is_paired():
