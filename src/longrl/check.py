@@ -48,8 +48,6 @@ from longrl.rollout.vllm_rules import choose_engine, with_engine
 from longrl.runtime import CHECKPOINTS, rank_and_size
 from longrl.scoring_config import REWARD_NAMES, ScoringConfig, require_used, require_weights, rewards_of, with_answer
 
-_UNREAD = {"train": "it trains nothing", "eval": "eval_every_steps is 0"}
-"""Why a run does not read a file of rows that is named."""
 BF16_DIFF = 0.5
 """For algo.max_logprob_diff in bfloat16: above what rounding does (docs/numerics.md), below what a fault does."""
 
@@ -163,7 +161,8 @@ def _report_run(config: DataRunConfig, processes: int | None) -> Iterator[str]:
     for name, path, problem in _files(config):
         if problem is None and path and _reads(config, name) and Path(path).is_file():
             problem = _refusal(_require_rows, config, name, path)
-        unread = "" if _reads(config, name) else f" (this run does not read it: {_UNREAD[name]})"
+        why = "eval_every_steps is 0" if isinstance(config, RlConfig) else "its kind has no use for it"
+        unread = "" if _reads(config, name) else f" (this run does not read it: {why})"
         _row(f"data.{name}", f"{path or ''}{unread}", problem)
         if problem:
             yield f"data.{name}: {problem}"

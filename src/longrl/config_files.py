@@ -10,7 +10,8 @@ import difflib
 import json
 import re
 import typing
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from pydantic import BaseModel, ValidationError
 from longrl.config import AnyConfig
 from longrl.files import write_whole
 from longrl.flow_config import FlowConfig
+from longrl.scoring_config import expand_preset
 
 KINDS: dict[str, type[BaseModel]] = {
     model.model_fields["kind"].default: model for model in (*typing.get_args(typing.get_args(AnyConfig)[0]), FlowConfig)
@@ -59,7 +61,8 @@ for _name, (_pattern, _first) in _SCALARS.items():
 def load_config(paths: Sequence[Path], overrides: Sequence[str] = ()) -> AnyConfig | FlowConfig:
     """Merges the files left to right (mappings deeply, everything else replaced), then the overrides, and validates.
 
-    `rewards` is what it is last set to, not merged; `rewards.NAME=WEIGHT` changes one, null removes it.
+    `rewards` is what it is last set to, not merged; the override `rewards.NAME=WEIGHT` changes one of those that apply,
+    of a preset or by default too, and null removes it.
 
     Args:
         paths: YAML files.
@@ -73,14 +76,13 @@ def load_config(paths: Sequence[Path], overrides: Sequence[str] = ()) -> AnyConf
     for path in paths:
         _merge(merged, _read(Path(path), origins), _WHOLE)
     for override in overrides:
-        update, whole = _read_override(override, origins)
-        gone = {name for name, weight in _rewards(update).items() if weight is None} - _rewards(merged).keys()
-        if gone:
-            there = ", ".join(_rewards(merged)) or "none"
-            raise ValueError(f"override {override!r}: there is no such reward to remove; those that are set: {there}")
-        _merge(merged, update, whole)
-    if rewards := _rewards(merged):
-        merged["rewards"] = {name: weight for name, weight in rewards.items() if weight is not None}
+        keys, value = _read_override(override, origins)
+        if len(keys) == 2 and keys[0] in _WHOLE:
+            _set_reward(merged, keys[1], value, override)
+        else:
+            _merge(
+                merged, reduce(lambda inner, key: {key: inner}, reversed(keys), value), _WHOLE if len(keys) == 1 else ()
+            )
     sources = ", ".join(map(str, paths)) or "the configuration"
     kind = merged.get("kind")
     if not isinstance(kind, str) or kind not in KINDS:
@@ -171,13 +173,8 @@ def _read(path: Path, origins: Origins) -> dict[str, Any]:
     return tree
 
 
-def _rewards(tree: dict[str, Any]) -> dict[str, Any]:
-    rewards = tree.get("rewards")
-    return rewards if isinstance(rewards, dict) else {}
-
-
-def _read_override(override: str, origins: Origins) -> tuple[dict[str, Any], Collection[str]]:
-    """What it sets, and what of it is not merged."""
+def _read_override(override: str, origins: Origins) -> tuple[tuple[str, ...], Any]:
+    """The key that it sets, in its parts, and the value."""
     key, equals, text = override.partition("=")
     section, _, name = key.partition(".")
     keys = (section, name) if name and section in _WHOLE else tuple(key.split("."))  # my_rewards.py:brevity
@@ -185,10 +182,25 @@ def _read_override(override: str, origins: Origins) -> tuple[dict[str, Any], Col
         raise ValueError(f"override {override!r}: expected key=value, for example optim.lr=1e-6")
     where = f"override {override!r}"
     origins.update({keys[:length]: where for length in range(1, len(keys) + 1)})
-    value = _parse(text, where, keys, origins)
-    for part in reversed(keys):
-        value = {part: value}
-    return value, _WHOLE if len(keys) == 1 else ()
+    return keys, _parse(text, where, keys, origins)
+
+
+def _set_reward(merged: dict[str, Any], name: str, weight: Any, override: str) -> None:
+    """Changes or adds one of those that apply, also of a preset or by default; a weight of None removes it."""
+    field = getattr(KINDS.get(str(merged.get("kind"))), "model_fields", {}).get("rewards")
+    default = {} if field is None or field.is_required() else field.default
+    try:
+        rewards = expand_preset(merged.get("rewards", default))
+    except ValueError as error:
+        raise ValueError(f"rewards: {error}") from None
+    if not isinstance(rewards, Mapping):
+        raise ValueError(f"rewards: got {_show(rewards)}, expected names with weights, or a preset")
+    if weight is None and name not in rewards:
+        there = ", ".join(rewards) or "none"
+        raise ValueError(f"override {override!r}: there is no such reward to remove; those that are set: {there}")
+    merged["rewards"] = {**rewards, name: weight}
+    if weight is None:
+        del merged["rewards"][name]
 
 
 def _merge(into: dict[str, Any], update: dict[str, Any], whole: Collection[str] = ()) -> None:

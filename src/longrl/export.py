@@ -65,7 +65,9 @@ def export_command(run: str | Path, step: int | None, out: str | Path | None, me
             os.replace(folder, out)
     except (OSError, SafetensorError) as error:
         what = getattr(error, "strerror", None) or error
-        if (of := getattr(error, "filename", None)) is not None and not Path(of).is_relative_to(out.parent):
+        if (of := getattr(error, "filename", None)) is not None and not Path(of).absolute().is_relative_to(
+            out.parent.absolute()
+        ):
             what = f"{of}: {what}"
         free = "free space there or " if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) else ""
         raise OSError(f"cannot export to {out}: {what}; {free}choose another --out") from error

@@ -35,7 +35,12 @@ BY_KIND = {
 """Kind of example -> what `answer` is for it, unless `scoring.by_kind` says otherwise."""
 
 
-def _expand_preset(rewards: Any) -> Any:
+def expand_preset(rewards: Any) -> Any:
+    """The rewards of a preset, by its name; anything else is itself.
+
+    Raises:
+        ValueError: there is no such preset.
+    """
     if not isinstance(rewards, str):
         return rewards
     if rewards not in REWARD_PRESETS:
@@ -77,7 +82,7 @@ def require_used(weights: Mapping[str, float], scoring: ScoringConfig) -> None:
         raise ValueError(f"scoring: {name!r} is no reward of this run; these are {', '.join(sorted(used))}")
 
 
-Weights = Annotated[dict[str, float], BeforeValidator(_expand_preset)]
+Weights = Annotated[dict[str, float], BeforeValidator(expand_preset)]
 
 
 class ScoringConfig(Section):

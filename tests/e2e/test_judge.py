@@ -18,6 +18,7 @@ from longrl.config_files import load_config
 from longrl.evals import runner
 from longrl.evals.runner import Accuracy, EvalResult, run_eval
 from longrl.report.metrics import read_metrics
+from longrl.rewards.compose import JudgeLostError
 from longrl.rollout import engine as engine_module
 from longrl.rollout.native import NativeEngine
 from longrl.stopping import Stopped
@@ -117,7 +118,7 @@ def test_a_judged_run_learns_its_costs_and_keeps_its_key(dataset, tmp_path, monk
     assert [path for path in files if SECRET.encode() in path.read_bytes()] == []
 
 
-def evaluated(server: JudgeServer, tmp_path: Path) -> EvalResult:
+def evaluated(server: JudgeServer, tmp_path: Path, **scoring: Any) -> EvalResult:
     """4 questions, 2 answers each; only accuracy asks the judge, which scores by the question's number."""
     rows = [{"id": i, "question": f"What is {i}?", "answer": "2"} for i in range(4)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -127,9 +128,9 @@ def evaluated(server: JudgeServer, tmp_path: Path) -> EvalResult:
         "data": {"eval": str(tmp_path / "rows.jsonl")},
         "rollout": {"max_new_tokens": 1},
         "eval": {"samples": 2, "temperature": 2.0},
-        "scoring": {"by_kind": {"open": "judge"}},
+        "scoring": {"by_kind": {"open": "judge"}, **scoring},
         **judged(server, tmp_path),
-        "rewards": {"format": 1.0},
+        **({} if scoring else {"rewards": {"format": 1.0}}),
     }
     return run_eval(EvalRunConfig.model_validate(settings))
 
@@ -159,6 +160,18 @@ def test_what_the_judge_cannot_score_counts_neither_way(tmp_path, monkeypatch, c
     assert result.unscored == 2 * len(refused)
     assert json.loads((tmp_path / "run" / "eval.json").read_text())["unscored"] == result.unscored
     assert f"{result.unscored} responses could not be judged" in caplog.text
+
+
+def test_an_evaluation_that_loses_the_judge_keeps_what_it_has(tmp_path, monkeypatch):
+    def judge(asked: Asked) -> Reply:
+        return Reply(status=400, body=b"{}") if asked.texts["QUESTION"][-2] in "23" else numbered(asked)
+
+    monkeypatch.setattr(runner, "NativeEngine", Answering)
+    monkeypatch.setenv("A_KEY", SECRET)
+    with JudgeServer(judge) as server, pytest.raises(JudgeLostError, match="failed on 4 of its last 8 responses"):
+        evaluated(server, tmp_path, max_failures=1)
+    written = json.loads((tmp_path / "run" / "eval.json").read_text())
+    assert (written["unscored"], written["num_questions"]) == (4, 2)
 
 
 @pytest.mark.parametrize(

@@ -67,6 +67,24 @@ def test_rewards_are_chosen_as_a_whole_or_one_by_one(base, tmp_path):
         "answer": 0.9,
         "my_rewards.py:short": 0.0,
     }
+    for empty in ("rewards: {format: 0.1, answer: }\n", "rewards: {format: 0.1, answer: null}\n"):
+        assert "rewards.answer: got null" in message([base, write(tmp_path / "empty.yaml", empty)])
+    assert "rewards.answer: got null" in message([base, second], "rewards={format: 1, answer: null}")
+
+
+@pytest.mark.parametrize("text", ["{}\n", "rewards: r1v\n"])
+def test_one_reward_is_changed_where_a_preset_or_the_default_applies(base, tmp_path, text):
+    given = write(tmp_path / "given.yaml", text)
+    assert load_config([base, given]).rewards == {"format": 0.1, "answer": 0.9}
+    assert load_config([base, given], ["rewards.length=0.05"]).rewards == {"format": 0.1, "answer": 0.9, "length": 0.05}
+    assert load_config([base, given], ["rewards.format=null"]).rewards == {"answer": 0.9}
+    assert message([base, given], "rewards.x=null").endswith("those that are set: format, answer")
+
+
+def test_one_reward_of_what_are_none(base, tmp_path):
+    for text, words in (("none", "there is no preset 'none'"), ("5", "got 5, expected names with weights")):
+        given = write(tmp_path / "given.yaml", f"rewards: {text}\n")
+        assert f"rewards: {words}" in message([base, given], "rewards.format=1")
 
 
 @pytest.mark.parametrize("text", ["off", "no", "1:30", "0123", "2024-01-01"])

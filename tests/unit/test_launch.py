@@ -129,7 +129,7 @@ def test_what_is_stopped_and_saved_is_queued_again(status, saves, again, work, t
     [
         (300, 75, None, 75, True),
         (300, 138, None, 75, True),  # told before they listened
-        (2, None, signal.SIGTERM, 75, True),  # by the limit, which comes no sooner than that
+        (0, None, signal.SIGTERM, 75, True),  # by the limit, which comes no sooner than that
         (300, None, signal.SIGTERM, 143, False),  # by scancel
         (0, 143, None, 75, True),  # the ranks first, by the limit
         (300, 143, None, 143, False),
@@ -169,6 +169,16 @@ def test_a_job_has_a_minute_before_it_is_told_to_stop(limit, seconds, work, tmp_
     assert f"--time={limit}\n" in slurm.script(work(), limit, seconds - 60, None)
     with pytest.raises(ValueError, match=rf"is {seconds - 59} seconds, but .* has {seconds}, and needs 60"):
         slurm.script(work(), limit, seconds - 59, None)
+
+
+@pytest.mark.parametrize("limit", ["0", "0-0", "0:00"])
+def test_a_time_of_zero_is_no_limit(limit, work):
+    assert f"--time={limit}\n" in slurm.script(work(), limit, 300, None)
+
+
+@pytest.mark.parametrize(("stop_before_s", "at_least"), [(300, 240), (120, 60), (60, 30), (1, 1), (0, 0)])
+def test_a_signal_may_come_late(stop_before_s, at_least, work):
+    assert f"SECONDS - told)) -ge {at_least} ]" in slurm.script(work(), None, stop_before_s, None)
 
 
 @pytest.mark.parametrize("limit", ["1h", "12:00:00:00", "-5", "1:2", "10 --partition=x"])

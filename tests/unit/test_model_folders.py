@@ -62,6 +62,14 @@ def lose_a_shard(folder: Path) -> None:
     (folder / f"{WEIGHTS}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": files}))
 
 
+def lose_an_old_shard(folder: Path) -> None:
+    weights = load_file(folder / WEIGHTS)
+    (folder / WEIGHTS).unlink()
+    torch.save(weights, folder / "pytorch_model-00001-of-00002.bin")
+    places = dict.fromkeys(weights, "pytorch_model-00001-of-00002.bin") | {"b": "pytorch_model-00002-of-00002.bin"}
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": places}))
+
+
 def replace_projector(folder: Path) -> None:
     """mlp2x_gelu, it says, and holds mlp3x_gelu: one of the two has been copied from elsewhere."""
     weights = {f"layers.{i}.weight": torch.zeros(128, 64 if i == 0 else 128) for i in (0, 2, 4)}
@@ -124,6 +132,21 @@ BAD: dict[str, tuple[str, Callable[[Path], object], str]] = {
         "qwen2",
         lambda f: (f / "tokenizer.json").write_text("{}"),
         "/tokenizer.json says what transformers cannot use (KeyError: 'added_tokens'); copy it again",
+    ),
+    "a tokenizer of another time": (
+        "qwen2",
+        lambda f: change(f / "tokenizer.json", pre_tokenizer={"type": "NotYet"}),
+        "/tokenizer.json says what transformers cannot use (Exception: ",
+    ),
+    "a lost file of old weights": (
+        "qwen2",
+        lose_an_old_shard,
+        " lacks 1 of the 2 files that pytorch_model.bin.index.json names: pytorch_model-00002-of-00002.bin; copy",
+    ),
+    "files by number": (
+        "qwen2",
+        lambda f: (drop(f, WEIGHTS), (f / f"{WEIGHTS}.index.json").write_text('{"weight_map": {"a": 3}}')),
+        " lacks 1 of the 1 files that model.safetensors.index.json names: 3; copy",
     ),
     "several model types": (
         "qwen2",

@@ -97,9 +97,9 @@ def run_eval(config: EvalRunConfig, ranks: Ranks = ALONE) -> EvalResult:
     change = CONTROLS[config.control] if config.control else None
     stage = config.control or "eval"
     result = evaluate(policy, examples, config, skips, rewards, stage=stage, ranks=ranks, change=change)
-    rewards.require_judge(ranks)
     if ranks.is_main:
         _write(result, run_dir)
+    rewards.require_judge(ranks)
     return result
 
 
@@ -141,7 +141,7 @@ def evaluate(
 ) -> EvalResult:
     """Asks every question `eval.samples` times at `eval.temperature`.
 
-    A sample that cannot be scored, and every sample of a question whose media cannot be used, counts as wrong.
+    A sample that cannot be scored counts neither way; those of a question whose media cannot be used count as wrong.
 
     Args:
         skips: of the questions.

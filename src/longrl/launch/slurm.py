@@ -25,6 +25,8 @@ FOLDER = "slurm"
 _TIME = re.compile(r"(?:(?P<days>\d+)-(?=\d+))?(?P<parts>\d+(?::\d\d){0,2})")
 LEAST_S = 60
 """Of a job, before it is told to stop: Slurm may tell it so much early."""
+LATE_S = 60
+"""... or late. What ends the job so long before its limit is taken for the limit."""
 
 _RANKS = """
 # Process 0 is on this node, where the others find it. When one ends, the others have a minute to say what they see.
@@ -105,7 +107,7 @@ def script(work: Work, time: str | None, stop_before_s: int, cpus: int | None) -
     Raises:
         ValueError: time is none, or too short.
     """
-    if time is not None and (limit_s := _seconds(time)) < stop_before_s + LEAST_S and work.resumes:
+    if time is not None and 0 < (limit_s := _seconds(time)) < stop_before_s + LEAST_S and work.resumes:
         raise ValueError(
             f"--stop-before is {stop_before_s} seconds, but a job of --time {time} has {limit_s}, and needs {LEAST_S} "
             "before it is told to stop; lower --stop-before, or give more --time"
@@ -129,8 +131,9 @@ def script(work: Work, time: str | None, stop_before_s: int, cpus: int | None) -
     if work.resumes:
         options |= {"requeue": None, "signal": f"B:USR1@{stop_before_s}"}
         checkpoints = shlex.quote(str(run_dir / CHECKPOINTS))
-        # seconds are whole here and at Slurm, which is never early with the limit, but may be with the signal
-        body += _UNTIL_DONE.format(checkpoints=checkpoints, stopped=EXIT_STATUS, at_least=max(0, stop_before_s - 2))
+        # Slurm looks for jobs to signal now and then: a signal that comes late leaves less time before the limit
+        at_least = stop_before_s - min(LATE_S, stop_before_s // 2)
+        body += _UNTIL_DONE.format(checkpoints=checkpoints, stopped=EXIT_STATUS, at_least=at_least)
     else:
         body += "ranks\n"
     lines = [f"#SBATCH --{name}" + ("" if value is None else f"={value}") for name, value in options.items()]

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from longrl.config import ModelConfig
+from longrl.models.folder_files import read_texts, require_weights, require_words
+from longrl.models.qwen_processor import PROCESSOR_FILES, require_processor
 from longrl.models.vila_config import PARTS
-from longrl.models.weight_files import require_weights
 
 if TYPE_CHECKING:
     from longrl.models.family import Family
@@ -139,14 +140,21 @@ def require_folder(path: Path) -> None:
     """Looks at the files of a model without loading it.
 
     Raises:
-        ValueError: no family handles its model_type, or its weights are not all there.
+        ValueError: no family handles its model_type, or its weights, words or processor are not all there.
     """
     config = _config(path)
     model_type = config["model_type"]
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise ValueError(f"{path}: {_unknown(model_type)}")
-    for folder in [path / part for part in PARTS] if "llm_cfg" in config else [path]:
+    is_vila = "llm_cfg" in config
+    for folder in [path / part for part in PARTS] if is_vila else [path]:
         require_weights(folder)
+    require_words(path / "llm" if is_vila else path)
+    if not is_vila and not {"vision_config", "thinker_config"}.isdisjoint(config):
+        try:
+            require_processor(read_texts(path, PROCESSOR_FILES))
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{path}: {error}") from error
 
 
 def device_of(config: ModelConfig) -> str:

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
-from longrl.models.weight_files import first, require_weights
+from longrl.models.folder_files import first, require_weights, require_words
 
 _OBJECTS = (
     "config.json",
@@ -30,7 +30,6 @@ _OBJECTS = (
 """Files of which transformers' and our code take for granted that they can be read."""
 _OLD_BUFFERS = (r"(^|\.)rotary_(pos_)?emb\.inv_freq$", r"(^|\.)position_ids$")
 """Weights of older files that are computed today."""
-_TOKENIZER = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt")
 _BAD_FILE = (StrictDataclassError, ArithmeticError, AssertionError, AttributeError, LookupError, TypeError)
 """What transformers raises of files that are JSON and say what cannot be: "hidden_size": "big"."""
 
@@ -63,7 +62,9 @@ def _understood(file: Path) -> Iterator[None]:
     """Around transformers' reading of what the file says."""
     try:
         yield
-    except _BAD_FILE as error:
+    except Exception as error:
+        if type(error) is not Exception and not isinstance(error, _BAD_FILE):  # tokenizers raises bare ones
+            raise
         said = " ".join(str(error).split())
         raise ValueError(
             f"{file} says what transformers cannot use ({type(error).__name__}: {said}); copy it again"
@@ -110,7 +111,7 @@ def read_model(model_class: Any, path: Path, dtype: torch.dtype, unread: Iterabl
     if extra:
         raise ValueError(
             f"{len(extra)} weights have no place in the model that config.json describes: {first(extra)}; copy "
-            "config.json and the weights of one checkpoint"
+            "config.json and the weights of one checkpoint, or take these (of another head, say) out of the file"
         )
     realign(model)
     return model
@@ -133,19 +134,12 @@ def read_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     about = path / "tokenizer_config.json"
     named = json.loads(about.read_text()).get("tokenizer_class") if about.is_file() else None
     plain = named in ("PreTrainedTokenizerFast", "TokenizersBackend")
-    there = {name for name in _TOKENIZER if (path / name).is_file()}
-    whole = there - {"vocab.json", "merges.txt"} or len(there) == 2
-    if whole:
-        with _understood(path / "tokenizer.json"):
-            tokenizer = (PreTrainedTokenizerFast if plain else AutoTokenizer).from_pretrained(path)
-        if tokenizer.vocab_size > 1:  # transformers makes one of a single token where it finds nothing
-            return tokenizer
-    raise ValueError(f"{path} has no words in tokenizer.json (or vocab.json with merges.txt); copy its tokenizer again")
-
-
-def read_texts(path: Path, names: Iterable[str]) -> dict[str, str]:
-    """Those of the named files that are there."""
-    return {name: (path / name).read_text() for name in names if (path / name).exists()}
+    require_words(path)
+    with _understood(path / "tokenizer.json"):
+        tokenizer = (PreTrainedTokenizerFast if plain else AutoTokenizer).from_pretrained(path)
+    if tokenizer.vocab_size <= 1:  # transformers makes one of a single token where it finds nothing
+        raise ValueError(f"{path}: its tokenizer has no words; copy it again")
+    return tokenizer
 
 
 @contextmanager

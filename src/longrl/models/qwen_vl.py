@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-from longrl.models.folder import explained, read_texts
+from longrl.models.folder import explained
+from longrl.models.folder_files import read_texts
 from longrl.models.qwen_processor import (
     DEFAULT_LIMITS,
     IMAGE_LIMITS,

@@ -20,7 +20,8 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from longrl.models.folder import explained, quiet, read_model, read_texts, read_tokenizer
+from longrl.models.folder import explained, quiet, read_model, read_tokenizer
+from longrl.models.folder_files import read_texts
 from longrl.models.tiny import make_tokenizer
 from longrl.models.trunk import ATTENTION, TrunkParts
 from longrl.types import Clip, Example, Frames, MediaEmbeds, MediaSize, Prompt

@@ -23,7 +23,8 @@ from transformers import (
     SiglipVisionModel,
 )
 
-from longrl.models.folder import explained, quiet, read_model, read_texts, read_tokenizer
+from longrl.models.folder import explained, quiet, read_model, read_tokenizer
+from longrl.models.folder_files import read_texts
 from longrl.models.qwen_processor import HALF
 from longrl.models.text import Ranges, Text, tiny_text
 from longrl.models.tiny import make_tokenizer
