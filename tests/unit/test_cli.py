@@ -224,6 +224,7 @@ def test_check_of_several_processes(longrl, base, tmp_path, monkeypatch):
     sizes |= {"intermediate_size": 96, "vocab_size": 100, "model_type": "qwen2"}
     (tmp_path / "model" / "config.json").write_text(json.dumps(sizes))
     save_file({"a": np.zeros(1)}, tmp_path / "model" / "model.safetensors")
+    (tmp_path / "model" / "tokenizer.json").touch()
     wrong = longrl("check", base, "parallel.sp=12", "parallel.ring=2", "model.path=model").stderr
     assert "4 KV heads cannot be dealt to 6 sequence-parallel ranks (12 in rings of 2)" in wrong
     assert longrl("check", base, "parallel.sp=6", "parallel.ring=3", "model.path=model").returncode == 0
